@@ -1,0 +1,1 @@
+"""The build backend that adds the start-up files to the wheel."""

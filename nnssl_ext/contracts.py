@@ -1,0 +1,171 @@
+"""The contracts between rooms. Small on purpose: a method or a backbone that keeps one works everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nnssl_ext.records import Case, Features, Size, Step, View
+
+
+@dataclass(frozen=True)
+class ViewDraw:
+    """Everything random about one view of one case, drawn before any voxel is touched.
+
+    Attributes:
+        size: voxels of the view along z, y, x.
+        affine: ``(4, 4)`` float64, view voxel -> case voxel.
+        intensity: augmentation name -> strength, in the order of application; seeds for noise included.
+        mask: token-grid mask ``(z, y, x)``, True where masked, or None.
+    """
+
+    size: Size
+    affine: Float[np.ndarray, "4 4"]
+    intensity: Mapping[str, float]
+    mask: Bool[np.ndarray, "z y x"] | None = None
+
+
+class ViewPolicy(Protocol):
+    """Draws the views of one case. Frozen, picklable, without torch state: it runs in reading workers."""
+
+    def draw(self, case: Case, rng: np.random.Generator) -> tuple[ViewDraw, ...]:
+        """The views of one sample; every sample of a run has the same number of views with the same sizes."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """An encoder (and decoder) around the very network that nnU-Net builds from the plans. An ``nn.Module``.
+
+    Attributes:
+        network: the segmentation network; its ``state_dict()`` is what checkpoints hold.
+        channels: channels per encoder level, finest first.
+        strides: cumulative input voxels per feature voxel along z, y, x, per encoder level, finest first.
+        token_size: voxels per token for token backbones, else None.
+        divisor: every input size must be a multiple of this.
+        encoder_prefixes, decoder_prefixes: parameter-name prefixes in ``network`` of the two halves (the final
+            ``.seg_layers.`` belong to neither).
+    """
+
+    network: nn.Module
+    channels: tuple[int, ...]
+    strides: tuple[Size, ...]
+    token_size: Size | None
+    divisor: Size
+    encoder_prefixes: tuple[str, ...]
+    decoder_prefixes: tuple[str, ...]
+
+    def forward_features(
+        self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None
+    ) -> Features:
+        """Encoder features. A mask hides its cells from the encoder: token backbones replace masked tokens by a
+        learned mask token before positions are added; convolutional ones set the masked input voxels to 0."""
+        ...
+
+    def forward_decoder(self, features: Features) -> Features:
+        """Decoder maps of these encoder features, finest first (the finest is what ``.seg_layers.`` reads)."""
+        ...
+
+
+@runtime_checkable
+class TokenBackbone(Backbone, Protocol):
+    """A backbone made of tokens, which can encode a subset of them. Token order is C order of the token grid."""
+
+    embed_dim: int
+
+    def forward_visible(
+        self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]
+    ) -> tuple[Float[Tensor, "B V E"], Int[Tensor, "B V"]]:
+        """Encode visible tokens only. All samples must hide the same number of tokens.
+
+        Returns:
+            The encoded visible tokens (prefix tokens removed) and their flat indices into the token grid.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimiser steps done, and optimiser steps planned."""
+
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class PretrainPlan:
+    """What a method may know about plans, read from one configuration of a plans file.
+
+    Attributes:
+        plans_name, configuration, preset: where it comes from, e.g. nnsslPrimusMPlans, 3d_fullres, PrimusM.
+        global_crop, local_crop: voxels, multiples of what the backbone demands.
+        batch_size: cases per step and process.
+        spacing: target mm, z, y, x.
+        channels: image channels.
+    """
+
+    plans_name: str
+    configuration: str
+    preset: str
+    global_crop: Size
+    local_crop: Size
+    batch_size: int
+    spacing: tuple[float, float, float]
+    channels: int
+
+
+class Method(Protocol):
+    """A self-supervised method: an ``nn.Module`` built as ``Method(settings, backbone, plan)``.
+
+    All passes of one step run inside one ``forward``, so that DDP and ``torch.compile`` see one graph.
+
+    Class attributes:
+        settings_type: the frozen dataclass of its settings, every field with a default.
+        citations: papers to cite when its checkpoints are used.
+
+    Attributes:
+        settings: an instance of ``settings_type``.
+        view_policy: what to draw for each case.
+        pretrained_prefixes: parameter-name prefixes of the exported network that this method trains.
+    """
+
+    settings_type: type
+    citations: tuple[str, ...]
+    settings: Any
+    view_policy: ViewPolicy
+    pretrained_prefixes: tuple[str, ...]
+
+    def forward(self, views: tuple[View, ...]) -> Step:
+        """One step's loss."""
+        ...
+
+    def after_step(self, progress: Progress) -> None:
+        """Called once per optimiser step, after the parameters moved (EMA, centres, temperatures)."""
+        ...
+
+    def export_backbone(self) -> Backbone:
+        """The backbone whose network is written to checkpoints (a teacher, where the paper says so)."""
+        ...
+
+    def pictures(self, views: tuple[View, ...]) -> dict[str, Float[Tensor, "B _C _Z _Y _X"]]:
+        """Named volumes worth looking at, without gradient; drawn side by side in this order."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class Monitor(Protocol):
+    """Watches steps and speaks when asked."""
+
+    def see(self, step: Step) -> None:
+        """Take note of one step; must not synchronise the device."""
+        ...
+
+    def say(self) -> dict[str, float]:
+        """Named figures since the last call; forgets what it saw."""
+        ...

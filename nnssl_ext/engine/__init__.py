@@ -1,0 +1,1 @@
+"""The pretraining loop: optimiser groups, schedules, resume, signals."""

@@ -1,0 +1,1 @@
+"""How stock nnU-Net finds our classes."""

@@ -1,0 +1,1 @@
+"""Crop policies, masks, and the batched resampling and augmentation that turn regions into views."""

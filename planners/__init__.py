@@ -1,0 +1,1 @@
+"""Experiment planners, label-free fingerprint and preprocessing for stock nnU-Net commands."""

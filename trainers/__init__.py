@@ -1,0 +1,1 @@
+"""Pretraining methods and the fine-tuning trainer."""

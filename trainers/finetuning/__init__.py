@@ -1,0 +1,1 @@
+"""Trainers that stock nnUNetv2_train finds."""
