@@ -1,0 +1,84 @@
+"""Reading plans: the file, and what pretraining needs to know from one of its configurations.
+
+Our planners add a block ``configurations.<name>.nnssl`` to nnU-Net's plans::
+
+    {"schema": 1, "backbone": "primus" | "resenc", "preset": "PrimusM", "token_size": [8, 8, 8] | null,
+     "global_crop": [z, y, x], "local_crop": [z, y, x], "batch_size": 2,
+     "memory_gb": {"target": 8.0, "estimate": 7.1}, "reasons": {"<setting>": "<one sentence>"}}
+
+Plans without the block (stock nnU-Net's) work too: crops and batch size then come from nnU-Net's own patch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.files import read_json
+from nnssl_ext.paths import dataset_name, folder
+
+
+def preprocessed_folder(dataset: str | int) -> Path:
+    """``nnUNet_preprocessed/DatasetXXX_Name`` of an id or a name."""
+    return folder("nnUNet_preprocessed") / dataset_name(dataset)
+
+
+def read_plans(dataset: str | int, plans_name: str) -> dict[str, Any]:
+    """The plans of that name in the dataset's preprocessed folder.
+
+    Raises:
+        NnsslError: no such plans; the message lists those there are.
+    """
+    base = preprocessed_folder(dataset)
+    path = base / f"{plans_name}.json"
+    if not path.is_file():
+        known = [p.stem for p in base.glob("*.json") if p.stem.endswith("Plans") or "Plans__" in p.stem]
+        error = unknown_name(f"plans (in {base})", plans_name, known)
+        planner = plans_name.removesuffix("Plans").replace("nnssl", "nnsslPlanner", 1)
+        raise NnsslError(error.what, f"{error.fix}; to create them: nnUNetv2_plan_and_preprocess -d {dataset} -pl {planner}")
+    return dict(read_json(path))
+
+
+def configuration_of(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """One configuration, with nnU-Net's ``inherits_from`` resolved.
+
+    Raises:
+        NnsslError: the plans have no such configuration.
+    """
+    known = plans["configurations"]
+    if configuration not in known:
+        raise unknown_name(f"configuration of {plans['plans_name']}", configuration, known)
+    found = dict(known[configuration])
+    parent = found.pop("inherits_from", None)
+    return {**configuration_of(plans, parent), **found} if parent else found
+
+
+def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> PretrainPlan:
+    """What a method may know about these plans.
+
+    Raises:
+        NnsslError: a 2D configuration, which pretraining does not cover.
+    """
+    found = configuration_of(plans, configuration)
+    if len(found["patch_size"]) != 3:
+        raise NnsslError(f"configuration {configuration} is 2D", "pretrain a 3D configuration, e.g. 3d_fullres")
+    block = found.get("nnssl", {})
+    network = found["architecture"]["network_class_name"].rsplit(".", 1)[-1]
+
+    def size(name: str) -> tuple[int, int, int]:
+        z, y, x = block.get(name) or found["patch_size"]
+        return int(z), int(y), int(x)
+
+    z, y, x = found["spacing"]
+    return PretrainPlan(
+        plans_name=plans["plans_name"],
+        configuration=configuration,
+        preset=block.get("preset", network),
+        global_crop=size("global_crop"),
+        local_crop=size("local_crop"),
+        batch_size=int(block.get("batch_size", found["batch_size"])),
+        spacing=(float(z), float(y), float(x)),
+        channels=channels,
+    )
