@@ -1,0 +1,51 @@
+"""What every command does around its work: turn what the user can mend into one message and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nnssl_ext.errors import NnsslError
+
+USER_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+# What torch's CUDA, MPS and CPU allocators say; the CUDA one raises a subclass of RuntimeError.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and leave the process with its exit code (None is 0).
+
+    A `NnsslError` is printed to stderr and ends with code 2, running out of memory likewise; Ctrl-C ends with 130. Any
+    other exception is a defect of ours and keeps its traceback, as everything does under ``NNSSL_EXT_DEBUG=1``.
+    """
+    try:
+        code = main() or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as error:
+        told = error if isinstance(error, NnsslError) else out_of_memory(error)
+        if told is None or os.environ.get("NNSSL_EXT_DEBUG") == "1":
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        code = USER_ERROR
+    sys.exit(code)
+
+
+def out_of_memory(error: BaseException) -> NnsslError | None:
+    """The message for a computer or device that ran out of memory; None where `error` says something else."""
+    text = str(error)
+    refused = isinstance(error, RuntimeError) and any(words in text.lower() for words in OUT_OF_MEMORY)
+    if not (refused or isinstance(error, MemoryError)):
+        return None
+    first_line = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    return NnsslError(
+        f"out of memory: {first_line}",
+        "lower --batch_size first; if one sample is too much, plan smaller crops: "
+        "nnUNetv2_plan_experiment -d DATASET -pl PLANNER -gpu_memory_target GB (global_crop and local_crop follow), "
+        "or choose a smaller planner",
+    )
