@@ -1,0 +1,71 @@
+"""Settings of a run that every method shares; the values travel as JSON with the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimiser and schedule.
+
+    Attributes:
+        optimizer: ``adamw`` or ``sgd`` (Nesterov).
+        lr: peak learning rate.
+        weight_decay: on matrices and kernels only; biases, norms and other vectors are not decayed.
+        betas: AdamW's; ``betas[0]`` is SGD's momentum.
+        schedule: ``poly`` = nnU-Net's (1 - t) ** 0.9, ``cosine`` to ``final_lr``, after a linear warm-up from 0.
+        warmup: share of all optimiser steps.
+        final_lr: learning rate at the end of ``cosine``.
+        clip: largest gradient norm.
+        accumulate: micro-batches per optimiser step.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 5e-2
+    betas: tuple[float, float] = (0.9, 0.98)
+    schedule: Literal["poly", "cosine"] = "poly"
+    warmup: float = 0.05
+    final_lr: float = 1e-6
+    clip: float = 1.0
+    accumulate: int = 1
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What one run does, apart from its method.
+
+    Attributes:
+        epochs: an epoch is only the interval of logging and saving.
+        iterations: optimiser steps per epoch; 250 as in nnU-Net.
+        batch_size: cases per micro-batch and process.
+        seed: decides initial weights, batches, views and masks.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        processes: processes on this node; one per GPU.
+        precision: ``bf16`` (autocast) or ``32``.
+        workers: reading processes per training process; 0 reads in the training process.
+        compile: run the step through ``torch.compile``.
+        max_skipped: non-finite steps tolerated between two checkpoints before the run rolls back.
+        picture_epochs: draw reconstructions every so many epochs (and at the end).
+        tracker: also send the log to TensorBoard or W&B (optional extras).
+    """
+
+    epochs: int
+    iterations: int
+    batch_size: int
+    seed: int = 0
+    device: Literal["cuda", "cpu", "mps"] = "cpu"
+    processes: int = 1
+    precision: Literal["bf16", "32"] = "32"
+    workers: int = 0
+    compile: bool = False
+    max_skipped: int = 5
+    picture_epochs: int = 10
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.epochs * self.iterations
