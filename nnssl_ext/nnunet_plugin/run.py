@@ -1,0 +1,34 @@
+"""``python -m nnssl_ext.nnunet_plugin.run nnUNetv2_train ...``: a stock command with our classes, without start-up file.
+
+For installations whose start-up files Python ignores (``pip install --target``, ``PYTHONPATH``, ``python -S``). Spawned
+workers import this module as their main module, and `install` then runs in them, too.
+"""
+
+import sys
+from importlib.metadata import entry_points
+
+from nnssl_ext.errors import unknown_name
+from nnssl_ext.nnunet_plugin.startup import install
+
+install()
+
+
+def main() -> int | None:
+    """Run the console command named by the first argument with the remaining ones.
+
+    Raises:
+        NnsslError: no installed command has that name.
+    """
+    commands = {command.name: command for command in entry_points(group="console_scripts")}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        raise unknown_name("command", name, [known for known in commands if known.startswith("nnUNetv2_")])
+    sys.argv = sys.argv[1:]
+    result: int | None = commands[name].load()()
+    return result
+
+
+if __name__ == "__main__":
+    from nnssl_ext.cli._run import run
+
+    run(main)
