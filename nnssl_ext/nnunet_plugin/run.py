@@ -14,21 +14,16 @@ install()
 
 
 def main() -> int | None:
-    """Run the console command named by the first argument with the remaining ones.
-
-    Raises:
-        NnsslError: no installed command has that name.
-    """
+    """Run the console command named by the first argument with the remaining ones."""
     commands = {command.name: command for command in entry_points(group="console_scripts")}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
-        raise unknown_name("command", name, [known for known in commands if known.startswith("nnUNetv2_")])
+        known = [command for command in commands if command.startswith("nnUNetv2_")]
+        sys.exit(f"error: {unknown_name('command', name, known)}")
     sys.argv = sys.argv[1:]
     result: int | None = commands[name].load()()
     return result
 
 
 if __name__ == "__main__":
-    from nnssl_ext.cli._run import run
-
-    run(main)
+    sys.exit(main())
