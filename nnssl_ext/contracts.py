@@ -125,7 +125,10 @@ class Method(Protocol):
     All passes of one step run inside one ``forward``, so that DDP and ``torch.compile`` see one graph.
 
     Class attributes:
-        settings_type: the frozen dataclass of its settings, every field with a default.
+        settings_type: the frozen dataclass of its settings, every field with a default. It holds at least ``epochs``,
+            ``iterations`` (optimiser steps per epoch, the interval of logging and saving) and ``optim``
+            (`nnssl_ext.engine.settings.OptimSettings`), and a classmethod ``for_plan(plan: PretrainPlan)`` that
+            returns the defaults for these plans.
         citations: papers to cite when its checkpoints are used.
 
     Attributes:

@@ -35,11 +35,9 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What one run does, apart from its method.
+    """How one run is carried out, apart from its method.
 
     Attributes:
-        epochs: an epoch is only the interval of logging and saving.
-        iterations: optimiser steps per epoch; 250 as in nnU-Net.
         batch_size: cases per micro-batch and process.
         seed: decides initial weights, batches, views and masks.
         device: ``cuda``, ``cpu`` or ``mps``.
@@ -52,8 +50,6 @@ class RunSettings:
         tracker: also send the log to TensorBoard or W&B (optional extras).
     """
 
-    epochs: int
-    iterations: int
     batch_size: int
     seed: int = 0
     device: Literal["cuda", "cpu", "mps"] = "cpu"
@@ -64,8 +60,3 @@ class RunSettings:
     max_skipped: int = 5
     picture_epochs: int = 10
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
-
-    @property
-    def total_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return self.epochs * self.iterations

@@ -1,0 +1,142 @@
+"""What a run is made of, where it lives, and whether it may continue."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.engine.settings import RunSettings
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json, write_json
+from nnssl_ext.paths import folder
+from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan, read_plans
+from nnssl_ext.records import Case
+
+LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
+
+FREE_TO_CHANGE = {"device", "precision", "workers", "compile", "picture_epochs", "tracker", "max_skipped"}
+"""Run settings that may differ when a run continues: they change no batch and no schedule."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pretraining run: method, data, settings and folder.
+
+    Attributes:
+        method: name of the method class.
+        settings: the method's settings.
+        run: how it is carried out.
+        dataset: ``DatasetXXX_Name``.
+        plans: the plans as read.
+        plan: what the method may know of them.
+        cases: the cases to learn from, sorted by identifier.
+        output: the run's folder.
+    """
+
+    method: str
+    settings: Any
+    run: RunSettings
+    dataset: str
+    plans: dict[str, Any]
+    plan: PretrainPlan
+    cases: tuple[Case, ...]
+    output: Path
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return int(self.settings.epochs * self.settings.iterations)
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.plan.global_crop))
+        return (
+            f"{self.method} on {self.plan.preset}, {len(self.cases)} cases of {self.dataset}, crops of {size} voxels, "
+            f"batch {self.run.batch_size} x {self.run.processes}, {self.total_steps} steps -> {self.output}"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings file of the run."""
+        return {
+            "method": self.method,
+            "dataset": self.dataset,
+            "plans_name": self.plan.plans_name,
+            "configuration": self.plan.configuration,
+            "settings": asdict(self.settings),
+            "run": asdict(self.run),
+            "cases": [case.identifier for case in self.cases],
+            "nnssl_ext": version("nnssl-ext"),
+        }
+
+
+def plan_of(dataset: str, plans_name: str, configuration: str) -> tuple[dict[str, Any], PretrainPlan]:
+    """The plans of a dataset, and what a method may know of one configuration.
+
+    Raises:
+        NnsslError: unknown dataset, plans or configuration.
+    """
+    plans = read_plans(dataset, plans_name)
+    channels = len(configuration_of(plans, configuration)["normalization_schemes"])
+    return plans, pretrain_plan(plans, configuration, channels)
+
+
+def data_folder(dataset: str, plans: dict[str, Any], configuration: str) -> Path:
+    """Where the preprocessed cases of a configuration lie."""
+    return preprocessed_folder(dataset) / str(configuration_of(plans, configuration)["data_identifier"])
+
+
+def run_folder(dataset: str, method: str, plan: PretrainPlan) -> Path:
+    """``nnssl_results/DatasetXXX_Name/Method__Plans__configuration``."""
+    return folder("nnssl_results") / dataset / f"{method}__{plan.plans_name}__{plan.configuration}"
+
+
+def prepare(job: Job, resume: bool) -> bool:
+    """Make the run's folder ready; write plans and settings.
+
+    Args:
+        resume: continue an earlier run of the same settings if there is one.
+
+    Returns:
+        Whether a checkpoint to continue from exists.
+
+    Raises:
+        NnsslError: the folder holds a run and ``resume`` is off; or the settings differ from the run's, naming each.
+    """
+    latest = job.output / LATEST
+    if latest.exists() and not resume:
+        raise NnsslError(f"{job.output} already holds a run", "add --c to continue it, or move the folder away")
+    if latest.exists():
+        _refuse_changes(read_json(job.output / "settings.json"), job)
+    elif job.output.exists():
+        for stale in ("training_log.csv", "progress.png"):
+            (job.output / stale).unlink(missing_ok=True)
+    write_json(job.output / "settings.json", job.as_json())
+    write_json(job.output / "plans.json", job.plans)
+    dataset_json = preprocessed_folder(job.dataset) / "dataset.json"
+    if dataset_json.exists():
+        shutil.copyfile(dataset_json, job.output / "dataset.json")
+    return latest.exists()
+
+
+def _refuse_changes(before: dict[str, Any], job: Job) -> None:
+    now = _flat(job.as_json())
+    old = _flat(before)
+    changed = [
+        f"{key}: was {old.get(key)}, now {now.get(key)}"
+        for key in sorted(now.keys() | old.keys())
+        if old.get(key) != now.get(key) and key != "nnssl_ext" and key.removeprefix("run.") not in FREE_TO_CHANGE
+    ]
+    if changed:
+        raise NnsslError(
+            f"cannot continue {job.output}: its settings differ ({'; '.join(changed)})",
+            "repeat the original settings, or start a new run in another results folder",
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: list(tree) if isinstance(tree, tuple) else tree}

@@ -1,0 +1,229 @@
+"""The pretraining loop. It knows devices, files and time; it knows nothing about any method."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from nnssl_ext.catalogue import load_method
+from nnssl_ext.checkpoints.io import save_checkpoint
+from nnssl_ext.contracts import Monitor
+from nnssl_ext.data.loader import make_loader
+from nnssl_ext.engine.devices import launch
+from nnssl_ext.engine.faults import Faults
+from nnssl_ext.engine.job import BEST, FINAL, LATEST, Job, prepare
+from nnssl_ext.engine.log import TrainingLog, open_tracker
+from nnssl_ext.engine.optim import build_optimizer, learning_rate
+from nnssl_ext.engine.pictures import draw_pictures
+from nnssl_ext.engine.signals import StopRequest, stop_on_signal
+from nnssl_ext.engine.state import TrainState, data_seed, export, load_latest, save_latest
+from nnssl_ext.engine.step import Parts, StepGraph, optimizer_step
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.monitors.representation import RepresentationMonitor
+from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.records import Step
+
+SUMMED = "summed_steps"
+"""Key of the number of steps in a sum of figures."""
+
+
+@dataclass
+class Watch:
+    """What observes a run on this process: monitors, the record of non-finite steps, the request to stop."""
+
+    monitors: list[Monitor]
+    faults: Faults
+    stop: StopRequest
+
+
+def build_method(job: Job) -> Any:
+    """The method of a job with its backbone, initialised by the job's seed."""
+    torch.manual_seed(job.run.seed)
+    backbone = build_backbone(job.plans, job.plan.configuration, job.plan.channels)
+    return load_method(job.method)(job.settings, backbone, job.plan)
+
+
+def assemble(fabric: Fabric, job: Job) -> Parts:
+    """The method, its optimiser and their wrapping for this process."""
+    method: nn.Module = build_method(job).to(fabric.device)
+    graph = StepGraph(torch.compile(method) if job.run.compile else method, autocast=job.run.precision == "bf16")
+    wrapped, optimizer = fabric.setup(graph, build_optimizer(method, job.settings.optim))
+    return Parts(fabric, job, method, wrapped, optimizer)
+
+
+def pretrain(job: Job, resume: bool = False) -> bool:
+    """Carry out a run, from its start or from its latest checkpoint.
+
+    Args:
+        job: what to do.
+        resume: continue an earlier run if the folder holds one.
+
+    Returns:
+        True when the run is complete, False when a signal stopped it (it can be continued).
+
+    Raises:
+        NnsslError: settings that differ from those of the run to be continued, or non-finite steps past the budget.
+    """
+    fabric = launch(job.run)
+    found = bool(fabric.broadcast(prepare(job, resume) if fabric.is_global_zero else False))
+    parts = assemble(fabric, job)
+    state = load_latest(job.output / LATEST, parts.method, parts.optimizer) if found else TrainState()
+    fabric.print(f"{job}\ncontinuing at step {state.step}" if found else str(job))
+    log = None
+    if fabric.is_global_zero:
+        tracker = open_tracker(job.run.tracker, job.output, job.as_json())
+        log = TrainingLog(job.output, state.step // job.settings.iterations, tracker)
+    with stop_on_signal() as stop:
+        watch = Watch([RepresentationMonitor()], Faults(job.run.max_skipped), stop)
+        while state.step < job.total_steps:
+            figures = train_epoch(parts, state, watch)
+            if watch.faults.spent:
+                state = roll_back(parts, state, watch.faults)
+            elif state.step % job.settings.iterations == 0:
+                close_epoch(parts, state, watch, figures, log)
+            if _agreed(fabric, stop) and state.step < job.total_steps:
+                save(parts, state)
+                fabric.print(f"stopped by {stop.signal_name or 'a signal'} after step {state.step}; --c continues")
+                return False
+    if fabric.is_global_zero:
+        save_checkpoint(job.output / FINAL, export(job, parts.method, state))
+        draw_pictures(job, parts.method, fabric.device, job.output / "reconstruction_final.png")
+    fabric.print(f"finished: {job.output / FINAL}")
+    fabric.barrier()
+    return True
+
+
+def train_epoch(parts: Parts, state: TrainState, watch: Watch) -> dict[str, float]:
+    """Train to the end of the current epoch, or until asked to stop, or until the budget of non-finite steps is spent.
+
+    Returns:
+        Mean figures of the epoch so far; their sums stay in ``state.sums`` when the epoch is not complete.
+    """
+    job, fabric = parts.job, parts.fabric
+    todo = job.settings.iterations - state.step % job.settings.iterations
+    batches = iter(
+        make_loader(
+            job.cases,
+            parts.method.view_policy,
+            seed=data_seed(job.run.seed, state.attempt),
+            start_step=state.step * job.settings.optim.accumulate,
+            steps=todo * job.settings.optim.accumulate,
+            batch_size=job.run.batch_size,
+            rank=fabric.global_rank,
+            world_size=fabric.world_size,
+            workers=job.run.workers,
+        )
+    )
+    sums = {name: torch.tensor(value, device=fabric.device) for name, value in state.sums.items()}
+    start, waited = time.perf_counter(), 0.0
+    parts.graph.train()
+    title = f"epoch {state.step // job.settings.iterations + 1}/{job.settings.epochs}"
+    for done in tqdm(range(1, todo + 1), title, disable=None if fabric.is_global_zero else True, leave=False):
+        before = time.perf_counter()
+        micro_batches = list(islice(batches, job.settings.optim.accumulate))
+        waited += time.perf_counter() - before
+        steps = optimizer_step(parts, micro_batches, state)
+        if steps is None:
+            state.skipped += 1
+            tqdm.write(watch.faults.note(state.step, micro_batches))
+            if watch.faults.spent:
+                break
+        else:
+            _add(sums, steps)
+            for monitor in watch.monitors:
+                monitor.see(steps[-1])
+        if done < todo and _agreed(fabric, watch.stop):
+            break
+    elapsed = time.perf_counter() - start
+    state.sums = {name: float(value) for name, value in sums.items()}
+    cases = done * job.settings.optim.accumulate * job.run.batch_size * fabric.world_size
+    return {**_means(fabric, state.sums), "cases_per_s": cases / elapsed, "data_wait": waited / elapsed}
+
+
+def close_epoch(
+    parts: Parts, state: TrainState, watch: Watch, figures: dict[str, float], log: TrainingLog | None
+) -> None:
+    """Log a complete epoch, draw pictures when due, and save; a lower loss than ever also becomes the best checkpoint."""
+    job = parts.job
+    epoch = state.step // job.settings.iterations - 1
+    state.sums = {}
+    watch.faults.forget()
+    row: dict[str, float] = {"epoch": epoch, "step": state.step, **figures}
+    row["lr"] = learning_rate(state.step - 1, job.total_steps, job.settings.optim)
+    row["skipped"] = state.skipped
+    for monitor in watch.monitors:
+        row.update(monitor.say())
+    better = figures.get("loss", float("inf")) < state.best
+    state.best = min(state.best, figures.get("loss", float("inf")))
+    save(parts, state)
+    if log is not None:
+        if better:
+            save_checkpoint(job.output / BEST, export(job, parts.method, state))
+        log.add(row)
+        if epoch % job.run.picture_epochs == 0:
+            draw_pictures(job, parts.method, parts.fabric.device, job.output / f"reconstruction_{epoch:04d}.png")
+    shown = {name: value for name, value in row.items() if name not in ("epoch", "step")}
+    parts.fabric.print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+def save(parts: Parts, state: TrainState) -> None:
+    """Write the resumable checkpoint (the first process does, the others wait)."""
+    if parts.fabric.is_global_zero:
+        save_latest(parts.job.output / LATEST, parts.job, parts.method, parts.optimizer, state)
+    parts.fabric.barrier()
+
+
+def roll_back(parts: Parts, state: TrainState, faults: Faults) -> TrainState:
+    """Return to the last good checkpoint, with another stream of batches.
+
+    Raises:
+        NnsslError: the run already rolled back to this checkpoint: a diagnosis with cases and remedy.
+    """
+    job = parts.job
+    latest = job.output / LATEST
+    lr = learning_rate(state.step - 1, job.total_steps, job.settings.optim)
+    if latest.exists():
+        restored = load_latest(latest, parts.method, parts.optimizer)
+    else:
+        restored = TrainState()
+        parts.method.load_state_dict(build_method(job).state_dict())
+        parts.optimizer.state.clear()
+    if state.rollback_step == restored.step:
+        raise faults.diagnosis(lr, job.run.precision)
+    parts.fabric.print(f"more than {faults.budget} non-finite steps: rolling back to step {restored.step}")
+    restored.attempt, restored.rollback_step = state.attempt + 1, restored.step
+    restored.skipped = state.skipped
+    faults.forget()
+    return restored
+
+
+def _add(sums: dict[str, Tensor], steps: list[Step]) -> None:
+    """Add the figures of one optimiser step, on the device."""
+    for step in steps:
+        for name, value in {"loss": step.loss.detach(), **step.terms}.items():
+            share = value.float() if name == "grad_norm" else value.float() / len(steps)
+            sums[name] = sums.get(name, torch.zeros_like(share)) + share
+    one = torch.ones((), device=steps[0].loss.device)
+    sums[SUMMED] = sums.get(SUMMED, torch.zeros_like(one)) + one
+
+
+def _means(fabric: Fabric, sums: dict[str, float]) -> dict[str, float]:
+    """Means over steps and processes."""
+    count = max(sums.get(SUMMED, 0.0), 1.0)
+    means = {name: torch.tensor(value / count) for name, value in sums.items() if name != SUMMED}
+    reduced: dict[str, Tensor] = {n: fabric.all_reduce(v.to(fabric.device), reduce_op="mean") for n, v in means.items()}
+    return {name: float(value) for name, value in reduced.items()}
+
+
+def _agreed(fabric: Fabric, stop: StopRequest) -> bool:
+    """Whether any process was asked to stop."""
+    if fabric.world_size == 1:
+        return bool(stop)
+    return bool(fabric.all_reduce(torch.tensor(float(bool(stop)), device=fabric.device), reduce_op="max"))

@@ -1,0 +1,26 @@
+"""Pictures of what a method does with the same few cases, drawn again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nnssl_ext.contracts import Method
+from nnssl_ext.data.loader import make_loader
+from nnssl_ext.engine.job import Job
+from nnssl_ext.reports.pictures import draw_planes
+from nnssl_ext.views.cut import cut_views
+
+PICTURE_SEED = 20_000_003
+"""A data stream of its own, so the pictured crops and masks stay the same through a run and between runs."""
+
+
+@torch.no_grad()
+def draw_pictures(job: Job, method: Method, device: torch.device, png: Path) -> None:
+    """Draw the first sample of the picture stream in three planes, one column per named volume of the method."""
+    batch = next(
+        iter(make_loader(job.cases, method.view_policy, seed=PICTURE_SEED, start_step=0, steps=1, batch_size=1))
+    )
+    volumes = method.pictures(cut_views(batch, device))
+    draw_planes({name: v[0].float().cpu().numpy() for name, v in volumes.items()}, png, job.plan.spacing)

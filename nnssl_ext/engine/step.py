@@ -1,0 +1,90 @@
+"""One optimiser step: forward, backward, clip, move. The order of the parts is tested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nnssl_ext.contracts import Progress
+from nnssl_ext.data.loader import RegionBatch
+from nnssl_ext.engine.job import Job
+from nnssl_ext.engine.optim import learning_rate, set_learning_rate
+from nnssl_ext.engine.state import TrainState, step_seed
+from nnssl_ext.records import Step, View
+from nnssl_ext.views.cut import cut_views
+
+
+class Outcome:
+    """Carries a `Step` through Fabric and DDP, which search containers and dataclasses for tensors and refuse frozen
+    ones."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+
+
+class StepGraph(nn.Module):
+    """One step of a method as one forward pass, so that DDP and ``torch.compile`` see one graph.
+
+    Args:
+        method: what to run.
+        autocast: run it in bfloat16 where that is safe.
+    """
+
+    def __init__(self, method: nn.Module, autocast: bool) -> None:
+        super().__init__()
+        self.method = method
+        self.autocast = autocast
+
+    def forward(self, views: tuple[View, ...]) -> tuple[Tensor, Outcome]:
+        """The loss, for the backward pass, and the whole step."""
+        with torch.autocast(views[0].voxels.device.type, torch.bfloat16, enabled=self.autocast):
+            step: Step = self.method(views)
+        return step.loss, Outcome(step)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training step works with on this process: the method, and its wrapping for devices and processes."""
+
+    fabric: Fabric
+    job: Job
+    method: Any
+    graph: Any
+    optimizer: Optimizer
+
+
+def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: TrainState) -> list[Step] | None:
+    """Do one optimiser step and count it in ``state``.
+
+    The gradient norm is the one value read from the device per step: under data parallelism it is the same on every
+    process, so all of them agree on skipping. ``method.after_step`` follows the movement of the parameters.
+
+    Returns:
+        The steps of the micro-batches, the last with ``grad_norm`` among its terms; None when the gradient was not
+        finite, in which case nothing moved.
+    """
+    fabric, optim = parts.fabric, parts.job.settings.optim
+    torch.manual_seed(step_seed(parts.job.run.seed, state.step, fabric.global_rank))
+    set_learning_rate(parts.optimizer, learning_rate(state.step, parts.job.total_steps, optim))
+    parts.optimizer.zero_grad(set_to_none=True)
+    steps = []
+    for number, batch in enumerate(micro_batches, start=1):
+        last = number == len(micro_batches)
+        with fabric.no_backward_sync(parts.graph, enabled=not last and fabric.world_size > 1):
+            loss, outcome = parts.graph(cut_views(batch, fabric.device))
+            fabric.backward(loss / len(micro_batches))
+        steps.append(outcome.step)
+    norm = fabric.clip_gradients(parts.graph, parts.optimizer, max_norm=optim.clip, error_if_nonfinite=False)
+    state.step += 1
+    if norm is None or not torch.isfinite(norm):
+        return None
+    parts.optimizer.step()
+    parts.method.after_step(Progress(state.step, parts.job.total_steps))
+    steps[-1].terms["grad_norm"] = norm.detach()
+    return steps
