@@ -1,0 +1,89 @@
+"""Which half of the network a parameter belongs to, and its place in the optimiser."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from torch import nn
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.trainers.finetuning.schedules import rates
+from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
+
+Half = Literal["encoder", "decoder", "head"]
+
+_ENCODER = ("encoder.", "decoder.encoder.", "down_projection.", "eva.", "register_tokens", "cls_token", "mask_token")
+_NOT_DECAYED = ("pos_embed", "register_tokens", "cls_token", "mask_token")
+
+
+def half_of(name: str) -> Half:
+    """The half of nnU-Net's U-Nets or of Primus that a parameter name belongs to; segmentation layers are the head."""
+    if ".seg_layers." in name:
+        return "head"
+    return "encoder" if name.startswith(_ENCODER) else "decoder"
+
+
+def layer_of(name: str, depth: int) -> int:
+    """Depth of a Primus parameter, as BEiT counts: embedding, tokens and positions 0, block i is i + 1, the rest
+    (final norm, decoder, head) ``depth + 1``."""
+    block = re.match(r"eva\.blocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    if half_of(name) == "encoder" and not name.startswith("eva.norm."):
+        return 0
+    return depth + 1
+
+
+def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dict[str, Any]]:
+    """Optimiser groups, each with its ``half``, ``layer_scale`` (from ``layer_decay``) and ``weight_decay``.
+
+    Raises:
+        NnsslError: layer-wise decay for a network without Primus blocks.
+    """
+    named = dict(network.named_parameters())
+    depth = 1 + max((int(m[1]) for m in (re.match(r"eva\.blocks\.(\d+)\.", n) for n in named) if m), default=-1)
+    if settings.layer_decay != 1 and depth == 0:
+        raise NnsslError(
+            f"layer_decay {settings.layer_decay} needs the blocks of a Primus, not {type(network).__name__}",
+            "set layer_decay to 1 in the plans block nnssl_finetuning",
+        )
+    groups: dict[tuple[Half, int, bool], dict[str, Any]] = {}
+    for name, parameter in named.items():
+        half, layer = half_of(name), layer_of(name, depth)
+        decayed = parameter.ndim > 1 and not any(part in name for part in _NOT_DECAYED)
+        group = groups.setdefault(
+            (half, layer, decayed),
+            {
+                "params": [],
+                "half": half,
+                "frozen": False,
+                "layer_scale": settings.layer_decay ** (depth + 1 - layer),
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+class IterationSchedule:
+    """Sets the learning rates of parameter groups iteration by iteration; ``step(epoch)`` is for nnU-Net's call.
+
+    Attributes:
+        pretrained: whether pretrained weights arrived; decides the rates of the whole run.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], settings: FinetuneSettings) -> None:
+        self.groups, self.settings, self.pretrained = groups, settings, False
+
+    def step(self, epoch: int) -> None:
+        """Rates of the epoch's first iteration."""
+        self.at(epoch * self.settings.iterations_per_epoch)
+
+    def at(self, iteration: int) -> None:
+        """Rates of an iteration, counted from 0; groups without one are marked ``frozen``."""
+        now = rates(self.settings, iteration, self.pretrained)
+        for group in self.groups:
+            rate = now.encoder if group["half"] == "encoder" else now.decoder
+            group["frozen"] = rate is None
+            group["lr"] = (rate or 0.0) * (group["layer_scale"] if self.pretrained else 1.0)
