@@ -1,1 +1,1 @@
-"""One documented checkpoint schema; readers and writers for nnU-Net and nnssl files."""
+"""One documented checkpoint schema, its readers and writers, and the transfer of weights to other plans."""
