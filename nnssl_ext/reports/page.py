@@ -9,13 +9,15 @@ from pathlib import Path
 
 from nnssl_ext.files import atomic_write
 
+Cell = str | int | float
+
 
 @dataclass(frozen=True)
 class Table:
     """A table; numbers are right-aligned, floats shown with four significant digits."""
 
     header: Sequence[str]
-    rows: Sequence[Sequence[str | float]]
+    rows: Sequence[Sequence[Cell]]
     caption: str = ""
 
 
@@ -73,5 +75,5 @@ def _png_data(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
 
 
-def _cell(value: object) -> str:
+def _cell(value: Cell) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
