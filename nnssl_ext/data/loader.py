@@ -1,0 +1,177 @@
+"""Batches of regions, a pure function of seed and sample number.
+
+Sample number ``n = step * batch_size * world_size + rank * batch_size + i`` fixes the case (by a permutation per epoch)
+and everything random about it (``np.random.default_rng([seed, n])``). So a resumed run continues with the same batches,
+two processes with batch B see what one with 2B sees, and the number of workers changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nnssl_ext.contracts import ViewDraw, ViewPolicy
+from nnssl_ext.data.regions import read_region
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.geometry.affines import bounding_box
+from nnssl_ext.geometry.boxes import hull
+from nnssl_ext.records import Case, Region
+
+
+@dataclass(frozen=True)
+class RegionBatch:
+    """One region per case, on the CPU, and what to cut from it.
+
+    Attributes:
+        voxels: ``(B, C, Z, Y, X)`` float32, regions zero-padded at their far ends to the largest of the batch.
+        lower: ``(B, 3)`` case voxel of each region's first voxel.
+        case_shape: ``(B, 3)`` voxels of each case.
+        spacing: ``(B, 3)`` mm of each case's voxels.
+        cases: ``B`` identifiers.
+        draws: per sample, its views.
+    """
+
+    voxels: Float[Tensor, "B C Z Y X"]
+    lower: Int[Tensor, "B 3"]
+    case_shape: Int[Tensor, "B 3"]
+    spacing: Float[Tensor, "B 3"]
+    cases: tuple[str, ...]
+    draws: tuple[tuple[ViewDraw, ...], ...]
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.voxels.shape[2:]))
+        return f"{len(self.cases)} region(s), padded to {size} voxels, of {', '.join(self.cases)}"
+
+    def pin_memory(self) -> RegionBatch:
+        """The same in page-locked memory, from where copies to a GPU run beside computation."""
+        return replace(self, voxels=self.voxels.pin_memory())
+
+
+class RegionLoader:
+    """Iterable over `RegionBatch`; its length is the number of steps. See `make_loader`."""
+
+    def __init__(self, loader: DataLoader[RegionBatch | NnsslError], steps: int) -> None:
+        self._loader, self._steps = loader, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[RegionBatch]:
+        for batch in self._loader:
+            if isinstance(batch, NnsslError):
+                raise batch
+            yield batch
+
+
+def make_loader(
+    cases: Sequence[Case],
+    policy: ViewPolicy,
+    *,
+    seed: int,
+    start_step: int,
+    steps: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> RegionLoader:
+    """The batches of `steps` steps from `start_step` on, for one process.
+
+    Args:
+        cases: what to read; every case once per epoch, in an order that depends on seed and epoch.
+        policy: draws each sample's views.
+        batch_size: cases per step and process.
+        rank, world_size: this process and the number of processes.
+        workers: reading processes; 0 reads in this one, which suits small machines.
+        pin_memory: page-lock batches, for training on a GPU.
+
+    Raises:
+        NnsslError: there are no cases; while iterating, a case cannot be read (also from a worker, and by name).
+    """
+    if not cases:
+        raise NnsslError("there is no case to train on", "check the dataset, or the file given to --cases")
+    loader = DataLoader(
+        _Samples(tuple(cases), policy, seed),
+        batch_sampler=_Numbers(start_step, steps, batch_size, rank, world_size),
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+    return RegionLoader(loader, steps)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """The sample numbers of each step of one process."""
+
+    start_step: int
+    steps: int
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[range]:
+        for step in range(self.start_step, self.start_step + self.steps):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield range(first, first + self.batch_size)
+
+
+@dataclass(frozen=True)
+class _Samples(Dataset[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]):
+    cases: tuple[Case, ...]
+    policy: ViewPolicy
+    seed: int
+
+    def __getitem__(self, number: int) -> tuple[Region, tuple[ViewDraw, ...]] | NnsslError:
+        epoch, position = divmod(number, len(self.cases))
+        case = self.cases[_order(self.seed, epoch, len(self.cases))[position]]
+        try:
+            draws = self.policy.draw(case, np.random.default_rng([self.seed, number]))
+            box = reduce(hull, (bounding_box(draw.affine, draw.size) for draw in draws))
+            return read_region(case, box.lower, box.upper), draws
+        except NnsslError as error:
+            return error  # raised in a worker it would reach the user buried in a traceback
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
+    # The trailing 1 keeps this stream apart from every sample's own.
+    return np.random.default_rng([seed, epoch, 1]).permutation(count)
+
+
+def _collate(samples: list[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]) -> RegionBatch | NnsslError:
+    read: list[tuple[Region, tuple[ViewDraw, ...]]] = []
+    for sample in samples:
+        if isinstance(sample, NnsslError):
+            return sample
+        read.append(sample)
+    regions = [region for region, _ in read]
+    largest = np.max([region.voxels.shape for region in regions], axis=0)
+    voxels = torch.zeros(len(regions), *largest.tolist())
+    for target, region in zip(voxels, regions, strict=True):
+        z, y, x = region.voxels.shape[1:]
+        target[:, :z, :y, :x] = torch.from_numpy(region.voxels)
+    return RegionBatch(
+        voxels=voxels,
+        lower=torch.tensor([region.lower for region in regions]),
+        case_shape=torch.tensor([region.case.shape for region in regions]),
+        spacing=torch.tensor([region.case.spacing for region in regions]),
+        cases=tuple(region.case.identifier for region in regions),
+        draws=tuple(draws for _, draws in read),
+    )
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)

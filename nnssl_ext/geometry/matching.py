@@ -1,0 +1,58 @@
+"""Where the voxels of a view lie in its case and in other views; everything follows from the affines."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nnssl_ext.records import Size, View
+
+TOLERANCE = 1e-3
+"""Voxels by which a coordinate may miss a border through rounding in float32."""
+
+
+def coordinates(affine: Float[Tensor, "B 4 4"], size: Size) -> Float[Tensor, "B Z Y X 3"]:
+    """Where `affine` sends every voxel ``(z, y, x)`` of a grid of this size."""
+    columns = affine[:, None, None, None, :3]
+    z, y, x = (torch.arange(length, dtype=affine.dtype, device=affine.device) for length in size)
+    planes = columns[..., 0] * z.view(-1, 1, 1, 1) + columns[..., 1] * y.view(-1, 1, 1)
+    return planes + (columns[..., 2] * x.view(-1, 1) + columns[..., 3])
+
+
+def case_coordinates(view: View) -> Float[Tensor, "B Z Y X 3"]:
+    """The case voxel (not necessarily whole) under every voxel of the view."""
+    return coordinates(view.affine, _size(view))
+
+
+def inside_case(view: View) -> Bool[Tensor, "B 1 Z Y X"]:
+    """True where a voxel of the view shows the case and not the padding around it."""
+    return _within(case_coordinates(view), view.case_shape)[:, None]
+
+
+def matched_coordinates(view: View, other: View) -> Float[Tensor, "B Z Y X 3"]:
+    """The voxel of `other` (not necessarily whole, possibly outside it) that shows the same point as each of `view`.
+
+    Raises:
+        ValueError: the two views are not of the same cases.
+    """
+    if view.cases != other.cases:
+        raise ValueError(f"views of different cases have no common voxels: {view.cases} and {other.cases}")
+    between = torch.linalg.solve(other.affine.double(), view.affine.double())
+    return coordinates(between.to(view.affine.dtype), _size(view))
+
+
+def covisible(view: View, other: View) -> Bool[Tensor, "B 1 Z Y X"]:
+    """True at voxels of `view` that show a point of the case which `other` shows too."""
+    size = torch.tensor(other.voxels.shape[2:], device=view.affine.device).expand(len(view.cases), 3)
+    return _within(matched_coordinates(view, other), size)[:, None] & inside_case(view)
+
+
+def _within(points: Float[Tensor, "B Z Y X 3"], shape: Int[Tensor, "B 3"]) -> Bool[Tensor, "B Z Y X"]:
+    last = shape[:, None, None, None] - 1
+    return ((points >= -TOLERANCE) & (points <= last + TOLERANCE)).all(-1)
+
+
+def _size(view: View) -> Size:
+    z, y, x = view.voxels.shape[2:]
+    return z, y, x

@@ -1,0 +1,103 @@
+"""Cutting views from a batch of regions, on the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnssl_ext.contracts import ViewDraw
+from nnssl_ext.data.loader import RegionBatch
+from nnssl_ext.geometry.affines import is_integer
+from nnssl_ext.geometry.matching import coordinates
+from nnssl_ext.records import Size, View
+from nnssl_ext.views.augment import augment
+
+
+def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
+    """The views that the batch's draws describe, cut and augmented on `device`, masks attached.
+
+    Flip, rotation, zoom and crop are one linear resampling; plain crops and flips are copied without interpolation.
+    """
+    regions = batch.voxels.to(device, non_blocking=True)
+    lower = batch.lower.numpy()
+    case_shape, spacing = batch.case_shape.to(device), batch.spacing.to(device)
+    views = []
+    for draws in zip(*batch.draws, strict=True):  # one tuple per view, one draw per sample
+        affines = np.stack([draw.affine for draw in draws])
+        voxels = resample(regions, affines, lower, draws[0].size)
+        views.append(
+            View(
+                voxels=augment(voxels, [draw.intensity for draw in draws]),
+                affine=torch.from_numpy(affines).float().to(device),
+                case_shape=case_shape,
+                spacing=spacing,
+                cases=batch.cases,
+                mask=_masks(draws, device),
+                applied=tuple(dict(draw.intensity) for draw in draws),
+            )
+        )
+    return tuple(views)
+
+
+def resample(
+    regions: Float[Tensor, "B C z y x"],
+    affines: Float[np.ndarray, "B 4 4"],
+    lower: Int[np.ndarray, "B 3"],
+    size: Size,
+) -> Float[Tensor, "B C Z Y X"]:
+    """Linear resampling of regions that begin at case voxel `lower`, by affines view voxel -> case voxel; 0 outside."""
+    affines = affines.copy()
+    affines[:, :3, 3] -= lower
+    views = regions.new_empty(*regions.shape[:2], *size)
+    crops = [row for row, affine in enumerate(affines) if is_integer(affine)]
+    others = [row for row in range(len(affines)) if row not in crops]
+    for row in crops:
+        _copy_crop(regions[row], np.rint(affines[row]).astype(int), views[row])
+    if others:
+        whole = len(others) == len(affines)
+        grid = _sampling_grid(affines[others], size, regions)
+        sampled = F.grid_sample(regions if whole else regions[others], grid, align_corners=False)
+        if whole:
+            return sampled
+        views[others] = sampled
+    return views
+
+
+def _copy_crop(
+    region: Float[Tensor, "C z y x"], affine: Int[np.ndarray, "4 4"], view: Float[Tensor, "C Z Y X"]
+) -> None:
+    """Fill a view whose affine only shifts and flips."""
+    source, target, flipped = [slice(None)], [slice(None)], []
+    for axis, (length, available) in enumerate(zip(view.shape[1:], region.shape[1:], strict=True)):
+        step, first = affine[axis, axis], affine[axis, 3]
+        start = first if step > 0 else first - length + 1
+        begin, end = max(start, 0), max(min(start + length, available), 0)
+        source.append(slice(begin, end))
+        if step > 0:
+            target.append(slice(begin - start, max(end - start, 0)))
+        else:
+            target.append(slice(start + length - end, start + length - begin))
+            flipped.append(axis + 1)
+    if any(part.stop - part.start < length for part, length in zip(target[1:], view.shape[1:], strict=True)):
+        view.zero_()
+    crop = region[tuple(source)]
+    view[tuple(target)] = crop.flip(flipped) if flipped else crop
+
+
+def _sampling_grid(
+    affines: Float[np.ndarray, "B 4 4"], size: Size, regions: Float[Tensor, "B C z y x"]
+) -> Float[Tensor, "B Z Y X 3"]:
+    """`grid_sample` coordinates: x, y, z order, and -1 and 1 at the outer faces of the outermost voxels."""
+    lengths = np.asarray(regions.shape[2:], float)
+    scale = np.diag([*(2 / lengths), 1.0])
+    scale[:3, 3] = 1 / lengths - 1
+    normalised = (scale @ affines)[:, [2, 1, 0, 3]]
+    return coordinates(torch.from_numpy(normalised).to(regions), size)
+
+
+def _masks(draws: tuple[ViewDraw, ...], device: torch.device) -> Tensor | None:
+    masks = [draw.mask for draw in draws if draw.mask is not None]
+    return torch.from_numpy(np.stack(masks)).to(device) if masks else None

@@ -1,0 +1,150 @@
+"""What to draw from a case: sizes, places, augmentations and masks, decided before any voxel is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nnssl_ext.contracts import ViewDraw
+from nnssl_ext.geometry.affines import Affine, view_to_case
+from nnssl_ext.records import Case, Size
+from nnssl_ext.views.masks import MaskSettings, draw_mask
+
+ANISOTROPY = 3.0
+"""Ratio of spacings beyond which rotation and zoom stay in the plane; nnU-Net's ANISO_THRESHOLD."""
+
+Triple = tuple[float, float, float]
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SpatialSettings:
+    """Flips, rotation and zoom; defaults are those of nnUNetTrainer (nnunetv2 2.8.1).
+
+    Attributes:
+        flip: probability per axis z, y, x.
+        rotation: probability of a rotation, by up to `degrees` about each axis.
+        degrees: largest angle, in mm space. About the axis of the thick slices only where spacing is anisotropic.
+        zoom: probability of a zoom, the same for all axes (in the plane only where spacing is anisotropic).
+        zoom_range: case voxels per view voxel; above 1 shows more of the case, smaller.
+    """
+
+    flip: Triple = (0.5, 0.5, 0.5)
+    rotation: float = 0.2
+    degrees: float = 30.0
+    zoom: float = 0.2
+    zoom_range: Range = (0.7, 1.4)
+
+
+NO_SPATIAL = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
+"""Random places only."""
+
+
+@dataclass(frozen=True)
+class IntensitySettings:
+    """Intensity augmentations: a probability and a range of strengths each, in the order of application.
+
+    Defaults are those of nnUNetTrainer (nnunetv2 2.8.1), except that a strength is shared by all channels and axes.
+
+    Attributes:
+        noise, noise_std: Gaussian noise, in units of the normalised intensity.
+        blur, blur_sigma: Gaussian blur, in voxels.
+        brightness, brightness_range: multiplication.
+        contrast, contrast_range: stretch about the mean, clamped to the former range.
+        low_resolution, low_resolution_scale: sampling on a coarser grid and back.
+        gamma_inverted, gamma, gamma_range: power law on the negative and on the image; mean and std are kept.
+    """
+
+    noise: float = 0.1
+    noise_std: Range = (0.0, 0.1)
+    blur: float = 0.2
+    blur_sigma: Range = (0.5, 1.0)
+    brightness: float = 0.15
+    brightness_range: Range = (0.75, 1.25)
+    contrast: float = 0.15
+    contrast_range: Range = (0.75, 1.25)
+    low_resolution: float = 0.25
+    low_resolution_scale: Range = (0.5, 1.0)
+    gamma_inverted: float = 0.1
+    gamma: float = 0.3
+    gamma_range: Range = (0.7, 1.5)
+
+
+@dataclass(frozen=True)
+class SingleView:
+    """One view per case, at a uniformly random place.
+
+    Attributes:
+        size: voxels along z, y, x. The view lies inside the case on each axis where it fits, else around its middle,
+            padded with zeros.
+        mask: what to hide, or None.
+        spatial: flips, rotation and zoom.
+        intensity: intensity augmentations, or None.
+    """
+
+    size: Size
+    mask: MaskSettings | None = None
+    spatial: SpatialSettings = field(default_factory=SpatialSettings)
+    intensity: IntensitySettings | None = None
+
+    def draw(self, case: Case, rng: np.random.Generator) -> tuple[ViewDraw, ...]:
+        affine = draw_affine(case, self.size, self.spatial, rng)
+        intensity = {} if self.intensity is None else draw_intensity(self.intensity, rng)
+        mask = None if self.mask is None else draw_mask(self.size, self.mask, rng)
+        return (ViewDraw(self.size, affine, intensity, mask),)
+
+
+def draw_affine(case: Case, size: Size, settings: SpatialSettings, rng: np.random.Generator) -> Affine:
+    """A place, flips, rotation and zoom for a view of this size: view voxel -> case voxel."""
+    spacing = np.asarray(case.spacing)
+    free = np.ones(3, bool)  # axes about which to turn, and axes in the plane of a zoom
+    zoomed = np.ones(3, bool)
+    if spacing.max() / spacing.min() > ANISOTROPY:
+        free = spacing == spacing.max()
+        zoomed = ~free
+    flips = rng.random(3) < settings.flip
+    degrees, zoom = np.zeros(3), np.ones(3)
+    if rng.random() < settings.rotation:
+        degrees = np.where(free, rng.uniform(-settings.degrees, settings.degrees, 3), 0.0)
+    if rng.random() < settings.zoom:
+        zoom[zoomed] = rng.uniform(*settings.zoom_range)
+    return view_to_case(
+        size, draw_centre(case.shape, size, zoom, rng), flips=flips, degrees=degrees, zoom=zoom, spacing=spacing
+    )
+
+
+def draw_centre(shape: Size, size: Size, zoom: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The centre of a view, uniform over the places that keep it inside the volume, whole voxels unless zoomed.
+
+    Along an axis where the (zoomed) view does not fit it covers the whole axis, in the middle.
+    """
+    extent = np.asarray(size) * zoom
+    room = np.asarray(shape) - extent
+    whole = extent == np.asarray(size)
+    lower = np.where(whole, np.floor(rng.random(3) * (room + 1)), rng.random(3) * room)
+    lower = np.where(room >= 0, lower, np.where(whole, room // 2, room / 2))
+    return lower + (extent - 1) / 2
+
+
+def draw_intensity(settings: IntensitySettings, rng: np.random.Generator) -> dict[str, float]:
+    """Augmentation -> strength for one view, in the order of application; what is not drawn is not applied."""
+    ranges: dict[str, Range] = {
+        "noise": settings.noise_std,
+        "blur": settings.blur_sigma,
+        "brightness": settings.brightness_range,
+        "contrast": settings.contrast_range,
+        "low_resolution": settings.low_resolution_scale,
+        "gamma_inverted": settings.gamma_range,
+        "gamma": settings.gamma_range,
+    }
+    drawn: dict[str, float] = {}
+    for name, (low, high) in ranges.items():
+        if rng.random() >= getattr(settings, name):
+            continue
+        if low < 1.0 < high:  # factors: below and above 1 equally often
+            low, high = (low, 1.0) if rng.random() < 0.5 else (1.0, high)
+        drawn[name] = float(rng.uniform(low, high))
+        if name == "noise":
+            drawn["noise_seed"] = float(rng.integers(2**31))
+    return drawn
