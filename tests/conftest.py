@@ -13,6 +13,7 @@ SINGLE_THREADED = {
 os.environ.update(SINGLE_THREADED)
 os.environ["MPLBACKEND"] = "Agg"
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,3 +84,26 @@ def nnunet_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Work
                 if variable in vars(module):
                     monkeypatch.setattr(module, variable, str(tmp_path / variable))
     yield Workspace(*(tmp_path / variable for variable in FOLDERS))
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What the build backend makes of the checkout."""
+
+    sdist: Path
+    wheel: Path
+    wheel_from_sdist: Path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Distribution:
+    """The checkout, copied so that the build leaves no trace in it, as sdist, wheel, and wheel out of the sdist."""
+    source = tmp_path_factory.mktemp("checkout") / "copy"
+    ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "tests")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    direct, through = tmp_path_factory.mktemp("direct"), tmp_path_factory.mktemp("through")
+    for options in (["--wheel", "--outdir", direct], ["--outdir", through]):  # the second: sdist, then wheel from it
+        command = [sys.executable, "-m", "build", "--no-isolation", *map(str, options), str(source)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    (wheel,), (sdist,), (rebuilt,) = direct.glob("*.whl"), through.glob("*.tar.gz"), through.glob("*.whl")
+    return Distribution(sdist, wheel, rebuilt)
