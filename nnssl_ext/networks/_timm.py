@@ -16,7 +16,7 @@ except (ImportError, OSError, RuntimeError):
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from dynamic_network_architectures.building_blocks.eva import Eva
-from dynamic_network_architectures.building_blocks.patch_encode_decode import LayerNormNd, PatchEmbed
+from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchEmbed
 from timm.layers import build_rotary_pos_embed
 
-__all__ = ["Eva", "LayerNormNd", "PatchEmbed", "build_rotary_pos_embed"]
+__all__ = ["Eva", "PatchEmbed", "build_rotary_pos_embed"]

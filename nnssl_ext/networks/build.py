@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pydoc
 import warnings
-from typing import Any
+from typing import Any, cast
 
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -45,9 +45,7 @@ def build_network(
         ) from error
 
 
-def build_backbone(
-    plans: dict[str, Any], configuration: str, input_channels: int, num_classes: int = 2
-) -> Backbone:
+def build_backbone(plans: dict[str, Any], configuration: str, input_channels: int, num_classes: int = 2) -> Backbone:
     """The backbone around that network.
 
     Raises:
@@ -61,7 +59,7 @@ def build_backbone(
     from nnssl_ext.networks.primus_backbone import PrimusBackbone
 
     if isinstance(network, SegmentationPrimus):
-        return PrimusBackbone(network)
+        return cast(Backbone, PrimusBackbone(network))  # its `network` is more specific than the contract's
     kind = f"{type(network).__module__}.{type(network).__qualname__}"
     raise NnsslError(
         f"plans {plans['plans_name']} build {kind}, which pretraining does not support",

@@ -7,8 +7,7 @@ differ between data sets, and it has the outputs that nnU-Net's deep supervision
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -20,12 +19,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.networks._timm import LayerNormNd, PatchEmbed
+from nnssl_ext.networks._timm import PatchEmbed
 from nnssl_ext.networks.eva import make_blocks, rotary_positions, run_blocks
 from nnssl_ext.records import Size
 
 FULL_RESOLUTION_WIDTH = 16
 """Channels of the decoder's last stage: our choice; DNA's Primus has twice the number of classes one stage earlier."""
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of ``(B, C, Z, Y, X)``: DNA's ``LayerNormNd`` in half its time and memory."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "B C Z Y X"]) -> Float[Tensor, "B C Z Y X"]:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class PatchDecoder(nn.Module):
@@ -44,14 +53,10 @@ class PatchDecoder(nn.Module):
         deep_supervision: bool,
     ) -> None:
         super().__init__()
-        channels = [embed_dim, *widths]
+        sides = zip([embed_dim, *widths][:-1], widths, [as_size(s) for s in strides[:0:-1]], strict=True)
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.ConvTranspose3d(wide, narrow, kernel_size=stride, stride=stride), LayerNormNd(narrow), nn.GELU()
-            )
-            for wide, narrow, stride in zip(
-                channels[:-1], channels[1:], [tuple(s) for s in strides[:0:-1]], strict=True
-            )
+            nn.Sequential(nn.ConvTranspose3d(wide, narrow, stride, stride), ChannelNorm(narrow), nn.GELU())
+            for wide, narrow, stride in sides
         )
         self.seg_layers = nn.ModuleList(nn.Conv3d(width, num_classes, kernel_size=1) for width in widths)
         self.deep_supervision = deep_supervision
@@ -118,11 +123,13 @@ class SegmentationPrimus(AbstractDynamicNetworkArchitectures):
             )
         widths = decoder_widths or default_decoder_widths(embed_dim, len(strides) - 1)
         if len(widths) != len(strides) - 1:
-            raise NnsslError(f"decoder_widths {widths} for {len(strides) - 1} decoder stages", "give one width per stage")
+            raise NnsslError(
+                f"decoder_widths {widths} for {len(strides) - 1} decoder stages", "give one width per stage"
+            )
         self.embed_dim = embed_dim
         self.head_dim = embed_dim // eva_numheads
-        self.strides = [tuple(int(s) for s in stride) for stride in strides]
-        self.token_size = cast(Size, tuple(int(t) for t in np.prod(strides, axis=0)))
+        self.strides = tuple(as_size(stride) for stride in strides)
+        self.token_size = as_size(np.prod(strides, axis=0))
         self.reference_grid = self.token_grid(input_shape)
         self.num_prefix_tokens = int(class_token) + num_register_tokens
 
@@ -138,7 +145,9 @@ class SegmentationPrimus(AbstractDynamicNetworkArchitectures):
             scale_attn_inner=scale_attn_inner,
         )
         self.class_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
-        self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
         for extra in self._prefix():
             nn.init.normal_(extra, std=1e-6)  # DINOv2 and DNA's Primus
         self.decoder = PatchDecoder(embed_dim, self.strides, widths, num_classes, deep_supervision)
@@ -160,7 +169,7 @@ class SegmentationPrimus(AbstractDynamicNetworkArchitectures):
                 f"input of {'x'.join(map(str, size))} voxels cannot be cut into tokens of {self.token_size} voxels",
                 "make every edge of the patch or crop a multiple of the token",
             )
-        return cast(Size, tuple(int(s) // t for s, t in zip(size, self.token_size, strict=True)))
+        return as_size([s // t for s, t in zip(size, self.token_size, strict=True)])
 
     def embed(self, x: Float[Tensor, "B C Z Y X"]) -> Float[Tensor, "B L E"]:
         """Tokens in C order of the grid, without positions."""
@@ -201,6 +210,12 @@ class SegmentationPrimus(AbstractDynamicNetworkArchitectures):
 
     def _prefix(self) -> list[nn.Parameter]:
         return [extra for extra in (self.class_token, self.register_tokens) if extra is not None]
+
+
+def as_size(lengths: Iterable[int]) -> Size:
+    """Three lengths as plain integers."""
+    z, y, x = (int(n) for n in lengths)
+    return z, y, x
 
 
 def as_map(tokens: Float[Tensor, "B L E"], grid: Size) -> Float[Tensor, "B E z y x"]:

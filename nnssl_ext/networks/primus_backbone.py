@@ -33,9 +33,7 @@ class PrimusBackbone(nn.Module):
         self.decoder_prefixes: tuple[str, ...] = ("decoder.stages.",)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, network.embed_dim))  # zero at the start, as DINOv2's
 
-    def forward_features(
-        self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None
-    ) -> Features:
+    def forward_features(self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None) -> Features:
         """The token map after the last norm. The summary is the class token, or without one the mean token."""
         grid = self.network.token_grid(x.shape[2:])
         tokens = self.network.embed(x)

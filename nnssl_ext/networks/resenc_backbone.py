@@ -32,16 +32,15 @@ class ResEncBackbone(nn.Module):
         self.encoder_prefixes: tuple[str, ...] = ("encoder.", "decoder.encoder.")
         self.decoder_prefixes: tuple[str, ...] = ("decoder.stages.", "decoder.transpconvs.")
 
-    def forward_features(
-        self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None
-    ) -> Features:
+    def forward_features(self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None) -> Features:
         """All encoder stages. Masked voxels are set to 0 first; the mask's grid may be any that divides the input.
         The summary is the mean over the coarsest stage.
 
         Raises:
             NnsslError: an input that the strides do not divide, or a mask that does not divide the input.
         """
-        size = tuple(x.shape[2:])
+        depth, height, width = x.shape[2:]
+        size = (depth, height, width)
         if any(s % d for s, d in zip(size, self.divisor, strict=True)):
             raise NnsslError(
                 f"input of {'x'.join(map(str, size))} voxels is not divisible by the network's stride {self.divisor}",
@@ -56,9 +55,7 @@ class ResEncBackbone(nn.Module):
         """The decoder's maps, finest first, as ``UNetDecoder`` computes them but without the segmentation heads."""
         decoder = self.network.decoder
         current, maps = features.levels[-1], []
-        for transpconv, stage, skip in zip(
-            decoder.transpconvs, decoder.stages, features.levels[-2::-1], strict=True
-        ):
+        for transpconv, stage, skip in zip(decoder.transpconvs, decoder.stages, features.levels[-2::-1], strict=True):
             current = stage(torch.cat((transpconv(current), skip), dim=1))
             maps.append(current)
         return Features(levels=tuple(maps[::-1]), strides=self.strides[:-1], summary=features.summary)
