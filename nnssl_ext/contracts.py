@@ -60,9 +60,7 @@ class Backbone(Protocol):
     encoder_prefixes: tuple[str, ...]
     decoder_prefixes: tuple[str, ...]
 
-    def forward_features(
-        self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None
-    ) -> Features:
+    def forward_features(self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None) -> Features:
         """Encoder features. A mask hides its cells from the encoder: token backbones replace masked tokens by a
         learned mask token before positions are added; convolutional ones set the masked input voxels to 0."""
         ...

@@ -30,7 +30,9 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[Path]:
         )
         os.close(handle)
     except OSError as error:
-        raise NnsslError(f"cannot write {target}: {error}", f"make {target.parent} writable or free space on it") from error
+        raise NnsslError(
+            f"cannot write {target}: {error}", f"make {target.parent} writable or free space on it"
+        ) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -39,7 +41,9 @@ def atomic_write(target: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(written.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        raise NnsslError(f"cannot write {target}: {error}", f"make {target.parent} writable or free space on it") from error
+        raise NnsslError(
+            f"cannot write {target}: {error}", f"make {target.parent} writable or free space on it"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -43,7 +43,9 @@ def dataset_name(dataset: str | int, root: str = "nnUNet_preprocessed") -> str:
     else:
         found = [n for n in names if n == dataset]
     if len(found) > 1:
-        raise NnsslError(f"dataset id {dataset} is used twice in {base}: {', '.join(found)}", "rename or remove one of them")
+        raise NnsslError(
+            f"dataset id {dataset} is used twice in {base}: {', '.join(found)}", "rename or remove one of them"
+        )
     if not found:
         raise unknown_name(f"dataset (in {base})", str(dataset), names)
     return found[0]

@@ -37,7 +37,9 @@ def read_plans(dataset: str | int, plans_name: str) -> dict[str, Any]:
         known = [p.stem for p in base.glob("*.json") if p.stem.endswith("Plans") or "Plans__" in p.stem]
         error = unknown_name(f"plans (in {base})", plans_name, known)
         planner = plans_name.removesuffix("Plans").replace("nnssl", "nnsslPlanner", 1)
-        raise NnsslError(error.what, f"{error.fix}; to create them: nnUNetv2_plan_and_preprocess -d {dataset} -pl {planner}")
+        raise NnsslError(
+            error.what, f"{error.fix}; to create them: nnUNetv2_plan_and_preprocess -d {dataset} -pl {planner}"
+        )
     return dict(read_json(path))
 
 

@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("dataset", nargs="?", help="dataset id or name, e.g. 4 or Dataset004_Hippocampus")
     p.add_argument("configuration", nargs="?", help="3D configuration of the plans, e.g. 3d_fullres")
-    p.add_argument("-tr", default="MAETrainer", help=f"method: {', '.join(pretraining_methods())} (default: MAETrainer)")
+    p.add_argument(
+        "-tr", default="MAETrainer", help=f"method: {', '.join(pretraining_methods())} (default: MAETrainer)"
+    )
     p.add_argument("-p", default="nnsslPrimusMPlans", help="plans name (default: nnsslPrimusMPlans)")
     p.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu")
     p.add_argument("-num_gpus", type=int, default=1, help="processes on this computer, one per GPU (default: 1)")
@@ -39,7 +41,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, help="reading processes per training process (default: by CPU count)")
     p.add_argument("--compile", action="store_true", help="run the step through torch.compile")
     p.add_argument("--picture_epochs", type=int, default=10, help="draw pictures every so many epochs (default: 10)")
-    p.add_argument("--max_skipped", type=int, default=5, help="non-finite steps tolerated between checkpoints (default: 5)")
+    p.add_argument(
+        "--max_skipped", type=int, default=5, help="non-finite steps tolerated between checkpoints (default: 5)"
+    )
     p.add_argument("--tracker", choices=("none", "tensorboard", "wandb"), default="none", help="optional extras")
     p.add_argument("-h", "--help", action="store_true", help="this help, and the settings of the method given by -tr")
     return p

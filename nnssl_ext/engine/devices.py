@@ -48,6 +48,4 @@ def _check_device(run: RunSettings) -> None:
     if not available[run.device]:
         raise NnsslError(f"-device {run.device}: this computer has none", "use -device cpu, or see nnssl_doctor")
     if run.device == "cuda" and run.processes > torch.cuda.device_count():
-        raise NnsslError(
-            f"-num_gpus {run.processes}: this computer has {torch.cuda.device_count()}", "lower -num_gpus"
-        )
+        raise NnsslError(f"-num_gpus {run.processes}: this computer has {torch.cuda.device_count()}", "lower -num_gpus")

@@ -47,7 +47,9 @@ class Faults:
 
     def diagnosis(self, lr: float, precision: str) -> NnsslError:
         """What the skipped steps have in common, and what to do."""
-        what = f"{len(self.steps)} steps with non-finite gradients ({self.steps[0]} to {self.steps[-1]}), twice in a row"
+        what = (
+            f"{len(self.steps)} steps with non-finite gradients ({self.steps[0]} to {self.steps[-1]}), twice in a row"
+        )
         if self.bad_input:
             return NnsslError(
                 f"{what}: the preprocessed images of {', '.join(sorted(self.bad_input))} hold NaN or Inf",

@@ -25,7 +25,6 @@ from nnssl_ext.engine.pictures import draw_pictures
 from nnssl_ext.engine.signals import StopRequest, stop_on_signal
 from nnssl_ext.engine.state import TrainState, data_seed, export, load_latest, save_latest
 from nnssl_ext.engine.step import Parts, StepGraph, optimizer_step
-from nnssl_ext.errors import NnsslError
 from nnssl_ext.monitors.representation import RepresentationMonitor
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.records import Step

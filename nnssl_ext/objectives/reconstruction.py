@@ -22,9 +22,7 @@ def patchify(x: Float[Tensor, "B C Z Y X"], token_size: Size) -> Float[Tensor, "
 def unpatchify(tokens: Float[Tensor, "B L P"], token_size: Size, grid: Size) -> Float[Tensor, "B C Z Y X"]:
     """Put tokens of a ``grid`` back into volumes."""
     (z, y, x), (gz, gy, gx) = token_size, grid
-    return rearrange(
-        tokens, "b (gz gy gx) (c z y x) -> b c (gz z) (gy y) (gx x)", gz=gz, gy=gy, gx=gx, z=z, y=y, x=x
-    )
+    return rearrange(tokens, "b (gz gy gx) (c z y x) -> b c (gz z) (gy y) (gx x)", gz=gz, gy=gy, gx=gx, z=z, y=y, x=x)
 
 
 def upsample_mask(mask: Bool[Tensor, "B z y x"], size: Size) -> Bool[Tensor, "B 1 Z Y X"]:
@@ -54,9 +52,9 @@ def token_statistics(
 
 
 def masked_error(
-    prediction: Float[Tensor, "B *shape"],
-    target: Float[Tensor, "B *shape"],
-    weight: Float[Tensor, "B *shape"],
+    prediction: Float[Tensor, B * shape],
+    target: Float[Tensor, B * shape],
+    weight: Float[Tensor, B * shape],
     power: int = 2,
 ) -> Float[Tensor, ""]:
     """Weighted mean of ``|prediction - target| ** power``: over the voxels of each sample, then over samples.
