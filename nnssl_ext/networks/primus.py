@@ -7,9 +7,9 @@ differ between data sets, and it has the outputs that nnU-Net's deep supervision
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from dynamic_network_architectures.architectures.abstract_arch import AbstractDynamicNetworkArchitectures
@@ -129,7 +129,7 @@ class SegmentationPrimus(AbstractDynamicNetworkArchitectures):
         self.embed_dim = embed_dim
         self.head_dim = embed_dim // eva_numheads
         self.strides = tuple(as_size(stride) for stride in strides)
-        self.token_size = as_size(np.prod(strides, axis=0))
+        self.token_size = as_size(math.prod(axis) for axis in zip(*self.strides, strict=True))
         self.reference_grid = self.token_grid(input_shape)
         self.num_prefix_tokens = int(class_token) + num_register_tokens
 
