@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from nnssl_ext.networks.presets import PRIMUS_PRESETS
@@ -110,7 +111,14 @@ def architecture_plans(architecture: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def token_size(kwargs: dict[str, Any]) -> Size:
-    """Voxels per token along z, y, x of a `SegmentationPrimus` with these arguments."""
-    z, y, x = (math.prod(axis) for axis in zip(*kwargs["strides"], strict=True))
+def token_size(kwargs: Mapping[str, Any]) -> Size:
+    """Voxels per coarsest feature along z, y, x: the product of an architecture's ``strides``, for a Primus its token."""
+    per_stage = [(s, s, s) if isinstance(s, int) else s for s in kwargs["strides"]]
+    z, y, x = (math.prod(axis) for axis in zip(*per_stage, strict=True))
+    return z, y, x
+
+
+def token_grid(kwargs: Mapping[str, Any]) -> Size:
+    """Tokens along z, y, x of the position table of a `SegmentationPrimus` with these arguments."""
+    z, y, x = (size // token for size, token in zip(kwargs["input_shape"], token_size(kwargs), strict=True))
     return z, y, x

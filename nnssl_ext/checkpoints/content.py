@@ -38,7 +38,7 @@ def checkpoint_content(
     data_summary: dict[str, Any],
     progress: dict[str, Any],
 ) -> dict[str, Any]:
-    """A complete checkpoint by `schema`, ready for `save_checkpoint`; the engine adds ``training_state`` to its own.
+    """A complete checkpoint by `schema`, ready for `save_checkpoint`; the engine adds ``resume`` to its own.
 
     Args:
         backbone: its ``network``, the one that `plans` build, gives ``network_weights``.

@@ -60,10 +60,10 @@ SCHEMA = (
     Entry(
         "nnssl_ext.adapted_from",
         dict,
-        "written by nnssl_adapt: kind, patch_size and input_channels of the source",
+        "by nnssl_adapt: file, kind, method, patch_size, input_channels of the source",
         False,
     ),
-    Entry("training_state", dict, "optimiser, random states and method state (checkpoint_latest.pth only)", False),
+    Entry("resume", dict, "optimiser, random states and method state (checkpoint_latest.pth only)", False),
 )
 
 
