@@ -1,0 +1,45 @@
+"""Checks on a raw nnU-Net data set before anything reads its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json
+
+
+def require_labels(raw: Path, dataset_id: int) -> dict[str, Any]:
+    """``dataset.json`` of a data set whose training cases all have a label file.
+
+    nnU-Net reads a label file for every case. `nnssl_convert foreground` writes label-free ones for image-only data.
+
+    Raises:
+        NnsslError: image-only, or labels missing for some cases; names the command that mends it.
+    """
+    dataset = dict(read_json(raw / "dataset.json"))
+    command = f"nnssl_convert foreground -d {dataset_id}"
+    images, missing = _cases_without_label(raw, dataset)
+    if not images:
+        raise NnsslError(f"{raw.name} has no training images in {raw / 'imagesTr'}", "check imagesTr and file_ending")
+    if len(missing) == len(images) or "labels" not in dataset:
+        raise NnsslError(f"{raw.name} is image-only, and nnU-Net reads a label file for every case", f"run: {command}")
+    if missing:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise NnsslError(
+            f"{raw.name}: {len(missing)} of {len(images)} training cases have no label file ({some})",
+            f"add their labels or remove the cases; for label-free foreground masks instead run: {command}",
+        )
+    return dataset
+
+
+def _cases_without_label(raw: Path, dataset: dict[str, Any]) -> tuple[list[str], list[str]]:
+    if "dataset" in dataset:  # nnU-Net's way of naming files that lie elsewhere
+        labels = {
+            case: raw / files["label"] if files.get("label") else None for case, files in dataset["dataset"].items()
+        }
+    else:
+        ending = dataset.get("file_ending", ".nii.gz")
+        names = sorted({p.name[: -len(ending) - 5] for p in (raw / "imagesTr").glob(f"*_[0-9][0-9][0-9][0-9]{ending}")})
+        labels = {name: raw / "labelsTr" / f"{name}{ending}" for name in names}
+    return list(labels), [case for case, label in labels.items() if label is None or not label.is_file()]
