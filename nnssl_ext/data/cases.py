@@ -65,12 +65,13 @@ def open_volume(folder: Path, identifier: str) -> Any:
 def damaged(folder: Path, identifier: str, error: Exception) -> NnsslError:
     """The complaint about an unreadable preprocessed case."""
     path = folder / f"{identifier}.b2nd"
-    remedy = f"delete {path} and run: {preprocess_command(folder).removeprefix('run: ')}"
-    return NnsslError(f"case {identifier}: cannot read {path}: {error}", remedy)
+    return NnsslError(
+        f"case {identifier}: cannot read {path}: {error}", f"if it is damaged, {preprocess_command(folder)}"
+    )
 
 
 def preprocess_command(folder: Path) -> str:
-    """What to run to create this configuration folder."""
+    """What to run to (re-)create this configuration folder."""
     dataset = re.match(r"Dataset0*(\d+)_", folder.parent.name)
     plans = re.match(r"(.+)_(3d_\w+|2d)$", folder.name)
     number = dataset[1] if dataset else "DATASET"

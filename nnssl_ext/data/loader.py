@@ -7,9 +7,10 @@ two processes with batch B see what one with 2B sees, and the number of workers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class RegionBatch:
 class RegionLoader:
     """Iterable over `RegionBatch`; its length is the number of steps. See `make_loader`."""
 
-    def __init__(self, loader: DataLoader[RegionBatch | NnsslError], steps: int) -> None:
+    def __init__(self, loader: Iterable[RegionBatch | NnsslError], steps: int) -> None:
         self._loader, self._steps = loader, steps
 
     def __len__(self) -> int:
@@ -98,13 +99,14 @@ def make_loader(
     """
     if not cases:
         raise NnsslError("there is no case to train on", "check the dataset, or the file given to --cases")
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Samples(tuple(cases), policy, seed),
         batch_sampler=_Numbers(start_step, steps, batch_size, rank, world_size),
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
         worker_init_fn=_one_thread,
+        generator=torch.Generator(),  # its own: torch would draw the workers' seeds from the global stream
     )
     return RegionLoader(loader, steps)
 
@@ -122,10 +124,10 @@ class _Numbers:
     def __len__(self) -> int:
         return self.steps
 
-    def __iter__(self) -> Iterator[range]:
+    def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.start_step, self.start_step + self.steps):
             first = (step * self.world_size + self.rank) * self.batch_size
-            yield range(first, first + self.batch_size)
+            yield list(range(first, first + self.batch_size))
 
 
 @dataclass(frozen=True)

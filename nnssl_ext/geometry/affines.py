@@ -12,9 +12,11 @@ from nnssl_ext.geometry.boxes import Box
 from nnssl_ext.records import Size
 
 Affine = Float[np.ndarray, "4 4"]
+Vector = Sequence[float] | np.ndarray
+"""One value per axis z, y, x."""
 
 
-def affine(linear: Float[np.ndarray, "3 3"], offset: Sequence[float] | np.ndarray) -> Affine:
+def affine(linear: Float[np.ndarray, "3 3"], offset: Vector) -> Affine:
     """The map ``v -> linear @ v + offset``."""
     matrix = np.eye(4)
     matrix[:3, :3] = linear
@@ -22,7 +24,7 @@ def affine(linear: Float[np.ndarray, "3 3"], offset: Sequence[float] | np.ndarra
     return matrix
 
 
-def rotation(degrees: Sequence[float]) -> Float[np.ndarray, "3 3"]:
+def rotation(degrees: Vector) -> Float[np.ndarray, "3 3"]:
     """Rotation about the x axis, then y, then z, by angles given in z, y, x order."""
     turns = []
     for axis, angle in enumerate(np.deg2rad(degrees)):
@@ -36,12 +38,12 @@ def rotation(degrees: Sequence[float]) -> Float[np.ndarray, "3 3"]:
 
 def view_to_case(
     size: Size,
-    centre: Sequence[float] | np.ndarray,
+    centre: Vector,
     *,
-    flips: Sequence[bool] = (False, False, False),
-    degrees: Sequence[float] = (0.0, 0.0, 0.0),
-    zoom: Sequence[float] = (1.0, 1.0, 1.0),
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    flips: Sequence[bool] | np.ndarray = (False, False, False),
+    degrees: Vector = (0.0, 0.0, 0.0),
+    zoom: Vector = (1.0, 1.0, 1.0),
+    spacing: Vector = (1.0, 1.0, 1.0),
 ) -> Affine:
     """A view around a point of the case: flipped, zoomed and rotated about the view's centre, in this order.
 

@@ -14,10 +14,13 @@ TOLERANCE = 1e-3
 
 def coordinates(affine: Float[Tensor, "B 4 4"], size: Size) -> Float[Tensor, "B Z Y X 3"]:
     """Where `affine` sends every voxel ``(z, y, x)`` of a grid of this size."""
-    columns = affine[:, None, None, None, :3]
+    columns = affine[:, None, None, :3]
     z, y, x = (torch.arange(length, dtype=affine.dtype, device=affine.device) for length in size)
-    planes = columns[..., 0] * z.view(-1, 1, 1, 1) + columns[..., 1] * y.view(-1, 1, 1)
-    return planes + (columns[..., 2] * x.view(-1, 1) + columns[..., 3])
+    plane = columns[..., 1] * y.view(-1, 1, 1) + (columns[..., 2] * x.view(-1, 1) + columns[..., 3])
+    step = columns[..., 0].expand_as(plane)
+    # Flattened planes: an innermost axis of three coordinates would keep the CPU from vectorising.
+    points = torch.addcmul(plane.flatten(1)[:, None], z.view(-1, 1), step.flatten(1)[:, None])
+    return points.view(-1, *size, 3)
 
 
 def case_coordinates(view: View) -> Float[Tensor, "B Z Y X 3"]:

@@ -15,87 +15,97 @@ from torch.nn import functional as F
 
 Voxels = Float[Tensor, "B C Z Y X"]
 Strength = Float[Tensor, " B"]
+Seeds = Sequence[int]
 SPATIAL = (2, 3, 4)
+BLOCK = 32
+"""Rows of a band matrix multiplied at a time; measured fastest at 160 cubed: half the time of the full product."""
 
 
 def augment(voxels: Voxels, draws: Sequence[Mapping[str, float]]) -> Voxels:
-    """Apply each sample's augmentations, in the order of `AUGMENTATIONS`; overwrites and returns `voxels`."""
+    """Apply each sample's augmentations, in the order of `AUGMENTATIONS`; may overwrite `voxels`.
+
+    Args:
+        draws: per sample, augmentation -> strength, see `nnssl_ext.views.policies.draw_intensity`.
+    """
     for name, apply in AUGMENTATIONS.items():
         rows = [row for row, draw in enumerate(draws) if name in draw]
         if not rows:
             continue
-        strength = torch.tensor([draws[row][name] for row in rows], device=voxels.device)
-        if name == "noise":
-            add_noise(voxels, rows, strength, [int(draws[row]["noise_seed"]) for row in rows])
-        elif len(rows) == len(draws):
-            voxels = apply(voxels, strength)
+        strength = torch.tensor([draws[row][name] for row in rows])
+        seeds = [int(draws[row].get("noise_seed", 0)) for row in rows]
+        if len(rows) == len(draws):
+            voxels = apply(voxels, strength, seeds)
         else:
-            voxels[rows] = apply(voxels[rows], strength)
+            voxels[rows] = apply(voxels[rows], strength, seeds)
     return voxels
 
 
-def add_noise(voxels: Voxels, rows: Sequence[int], std: Strength, seeds: Sequence[int]) -> None:
-    """Add Gaussian noise to these samples, in place."""
-    for row, scale, seed in zip(rows, std, seeds, strict=True):
-        generator = torch.Generator(voxels.device).manual_seed(seed)
-        noise = torch.randn(voxels.shape[1:], generator=generator, device=voxels.device)
-        voxels[row].add_(noise.mul_(scale))
+def noise(voxels: Voxels, std: Strength, seeds: Seeds) -> Voxels:
+    """Add Gaussian noise of this standard deviation."""
+    generator = torch.Generator(voxels.device)
+    for sample, scale, seed in zip(voxels, std.tolist(), seeds, strict=True):
+        drawn = torch.randn(sample.shape, generator=generator.manual_seed(seed), device=voxels.device)
+        sample.add_(drawn, alpha=scale)
+    return voxels
 
 
-def blur(voxels: Voxels, sigma: Strength) -> Voxels:
+def blur(voxels: Voxels, sigma: Strength, seeds: Seeds) -> Voxels:
     """Gaussian blur with `sigma` voxels; the kernel is renormalised at borders."""
 
     def kernel(length: int) -> Float[Tensor, "B N N"]:
-        place = torch.arange(length, device=sigma.device)
-        weights = torch.exp(-0.5 * ((place - place[:, None]) / sigma[:, None, None]) ** 2)
+        place = torch.arange(length)
+        deviations = (place - place[:, None]).abs() / sigma[:, None, None]
+        # Cut off at 4 sigma (weight 3e-4): beyond, denormal numbers would make the product ten times slower.
+        weights = torch.exp(-0.5 * deviations**2).where(deviations <= 4, 0.0)
         return weights / weights.sum(-1, keepdim=True)
 
     return separable(voxels, kernel)
 
 
-def brightness(voxels: Voxels, factor: Strength) -> Voxels:
+def brightness(voxels: Voxels, factor: Strength, seeds: Seeds) -> Voxels:
     """Multiply."""
-    return voxels.mul_(_wide(factor))
+    return voxels.mul_(_wide(factor, voxels))
 
 
-def contrast(voxels: Voxels, factor: Strength) -> Voxels:
+def contrast(voxels: Voxels, factor: Strength, seeds: Seeds) -> Voxels:
     """Stretch about each channel's mean, clamped to its former range."""
-    mean, low, high = voxels.mean(SPATIAL, keepdim=True), *_range(voxels)
-    return voxels.mul_(_wide(factor)).add_(mean * (1 - _wide(factor))).clamp_(low, high)
+    mean = voxels.mean(SPATIAL, keepdim=True)
+    low, high = voxels.amin(SPATIAL, keepdim=True), voxels.amax(SPATIAL, keepdim=True)
+    return voxels.mul_(_wide(factor, voxels)).add_(mean * (1 - _wide(factor, voxels))).clamp_(low, high)
 
 
-def low_resolution(voxels: Voxels, scale: Strength) -> Voxels:
+def low_resolution(voxels: Voxels, scale: Strength, seeds: Seeds) -> Voxels:
     """What is left after nearest-neighbour sampling at `scale` times the resolution and linear interpolation back."""
 
     def kernel(length: int) -> Float[Tensor, "B N N"]:
-        weights = torch.zeros(len(scale), length, length)
+        weights = torch.empty(len(scale), length, length)
         for row, coarse in zip(weights, (scale * length).round().clamp(min=1).int().tolist(), strict=True):
-            identity = torch.eye(length)[None]
-            down = F.interpolate(identity, coarse, mode="nearest-exact")
+            down = F.interpolate(torch.eye(length)[None], coarse, mode="nearest-exact")
             row.copy_(F.interpolate(down, length, mode="linear")[0].T)
-        return weights.to(scale.device)
+        return weights
 
     return separable(voxels, kernel)
 
 
-def gamma(voxels: Voxels, exponent: Strength) -> Voxels:
+def gamma(voxels: Voxels, exponent: Strength, seeds: Seeds) -> Voxels:
     """Power law between each channel's minimum and maximum; its mean and standard deviation are then restored."""
-    std, mean = torch.std_mean(voxels, SPATIAL, keepdim=True)
-    low, high = _range(voxels)
-    # The scale back to [low, high] is left out: restoring mean and std undoes any scale and shift.
-    voxels.sub_(low).div_((high - low).clamp(min=1e-7)).pow_(_wide(exponent))
-    new_std, new_mean = torch.std_mean(voxels, SPATIAL, keepdim=True)
+    low, high = voxels.amin(SPATIAL, keepdim=True), voxels.amax(SPATIAL, keepdim=True)
+    voxels.sub_(low).div_((high - low).clamp(min=1e-7))
+    mean, std = _mean_std(voxels)
+    voxels.pow_(_wide(exponent, voxels))
+    new_mean, new_std = _mean_std(voxels)
+    # Restoring mean and std, and the scale from [0, 1] back, in one multiplication and one addition.
     factor = std / new_std.clamp(min=1e-7)
-    return voxels.mul_(factor).add_(mean - new_mean * factor)
+    return voxels.mul_(factor * (high - low)).add_((mean - new_mean * factor) * (high - low) + low)
 
 
-def gamma_inverted(voxels: Voxels, exponent: Strength) -> Voxels:
+def gamma_inverted(voxels: Voxels, exponent: Strength, seeds: Seeds) -> Voxels:
     """`gamma` of the negative image."""
-    return gamma(voxels.neg_(), exponent).neg_()
+    return gamma(voxels.neg_(), exponent, seeds).neg_()
 
 
-AUGMENTATIONS: dict[str, Callable[[Voxels, Strength], Voxels]] = {
-    "noise": brightness,
+AUGMENTATIONS: dict[str, Callable[[Voxels, Strength, Seeds], Voxels]] = {
+    "noise": noise,
     "blur": blur,
     "brightness": brightness,
     "contrast": contrast,
@@ -106,18 +116,34 @@ AUGMENTATIONS: dict[str, Callable[[Voxels, Strength], Voxels]] = {
 
 
 def separable(voxels: Voxels, kernel: Callable[[int], Float[Tensor, "B N N"]]) -> Voxels:
-    """Multiply each axis of every sample by the matrix ``kernel(length)[b]``."""
-    b, c, z, y, x = voxels.shape
-    along_z, along_y, along_x = (kernel(length)[:, None] for length in (z, y, x))
-    voxels = (along_z @ voxels.view(b, c, z, y * x)).view(b, c, z, y, x)
-    voxels = along_y[:, None] @ voxels
-    return (voxels.view(b, c, z * y, x) @ along_x.mT).view(b, c, z, y, x)
+    """Multiply each axis of every sample by the matrix ``kernel(length)[b]``; overwrites `voxels`."""
+    # Fresh memory costs the CPU as much as the product itself, so two buffers are used in turn.
+    other = torch.empty_like(voxels)
+    _multiply(kernel(voxels.shape[2]), voxels.flatten(3), other.flatten(3))
+    _multiply(kernel(voxels.shape[3]), other.flatten(1, 2), voxels.flatten(1, 2))
+    _multiply(kernel(voxels.shape[4]), voxels.flatten(1, 3).mT[:, None], other.flatten(1, 3).mT[:, None])
+    return other
 
 
-def _wide(strength: Strength) -> Float[Tensor, "B 1 1 1 1"]:
-    return strength.view(-1, 1, 1, 1, 1)
+def _multiply(
+    matrix: Float[Tensor, "B N N"], source: Float[Tensor, "B K N M"], target: Float[Tensor, "B K N M"]
+) -> None:
+    """``target = matrix @ source``, leaving out the zeros of a band matrix, in blocks of rows."""
+    length = matrix.shape[1]
+    row, column = matrix.any(0).nonzero(as_tuple=True)
+    reach = int((row - column).abs().max())
+    matrix = matrix.to(source.device, non_blocking=True)[:, None]
+    for first in range(0, length, BLOCK):
+        rows, columns = slice(first, first + BLOCK), slice(max(first - reach, 0), first + BLOCK + reach)
+        target[:, :, rows] = matrix[:, :, rows, columns] @ source[:, :, columns]
 
 
-def _range(voxels: Voxels) -> tuple[Float[Tensor, "B C 1 1 1"], Float[Tensor, "B C 1 1 1"]]:
-    low, high = torch.aminmax(voxels.flatten(2), dim=2)
-    return low[..., None, None, None], high[..., None, None, None]
+def _wide(strength: Strength, like: Voxels) -> Float[Tensor, "B 1 1 1 1"]:
+    return strength.to(like.device, non_blocking=True).view(-1, 1, 1, 1, 1)
+
+
+def _mean_std(voxels: Voxels) -> tuple[Float[Tensor, "B C 1 1 1"], Float[Tensor, "B C 1 1 1"]]:
+    """Of intensities in [0, 1]; needs no second copy of the image, as centring it first would."""
+    mean = voxels.mean(SPATIAL, keepdim=True)
+    square = torch.linalg.vector_norm(voxels, dim=SPATIAL, keepdim=True) ** 2 / voxels[0, 0].numel()
+    return mean, (square - mean**2).clamp(min=0).sqrt()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +12,13 @@ from torch.nn import functional as F
 
 from nnssl_ext.contracts import ViewDraw
 from nnssl_ext.data.loader import RegionBatch
-from nnssl_ext.geometry.affines import is_integer
+from nnssl_ext.geometry.affines import affine, is_integer
 from nnssl_ext.geometry.matching import coordinates
 from nnssl_ext.records import Size, View
 from nnssl_ext.views.augment import augment
+
+SLAB = 2**19
+"""Voxels resampled at a time: their coordinates (6 MB) stay in cache and need no memory of three times the views."""
 
 
 def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
@@ -52,27 +57,25 @@ def resample(
     affines = affines.copy()
     affines[:, :3, 3] -= lower
     views = regions.new_empty(*regions.shape[:2], *size)
-    crops = [row for row, affine in enumerate(affines) if is_integer(affine)]
+    crops = [row for row, matrix in enumerate(affines) if is_integer(matrix)]
     others = [row for row in range(len(affines)) if row not in crops]
     for row in crops:
         _copy_crop(regions[row], np.rint(affines[row]).astype(int), views[row])
     if others:
-        whole = len(others) == len(affines)
-        grid = _sampling_grid(affines[others], size, regions)
-        sampled = F.grid_sample(regions if whole else regions[others], grid, align_corners=False)
-        if whole:
-            return sampled
-        views[others] = sampled
+        sources = regions if len(others) == len(affines) else regions[others]
+        for first, grid in _sampling_grids(affines[others], size, regions):
+            slab = F.grid_sample(sources, grid, align_corners=False)
+            views[others, :, first : first + grid.shape[1]] = slab
     return views
 
 
 def _copy_crop(
-    region: Float[Tensor, "C z y x"], affine: Int[np.ndarray, "4 4"], view: Float[Tensor, "C Z Y X"]
+    region: Float[Tensor, "C z y x"], matrix: Int[np.ndarray, "4 4"], view: Float[Tensor, "C Z Y X"]
 ) -> None:
     """Fill a view whose affine only shifts and flips."""
     source, target, flipped = [slice(None)], [slice(None)], []
     for axis, (length, available) in enumerate(zip(view.shape[1:], region.shape[1:], strict=True)):
-        step, first = affine[axis, axis], affine[axis, 3]
+        step, first = matrix[axis, axis], matrix[axis, 3]
         start = first if step > 0 else first - length + 1
         begin, end = max(start, 0), max(min(start + length, available), 0)
         source.append(slice(begin, end))
@@ -87,15 +90,21 @@ def _copy_crop(
     view[tuple(target)] = crop.flip(flipped) if flipped else crop
 
 
-def _sampling_grid(
+def _sampling_grids(
     affines: Float[np.ndarray, "B 4 4"], size: Size, regions: Float[Tensor, "B C z y x"]
-) -> Float[Tensor, "B Z Y X 3"]:
-    """`grid_sample` coordinates: x, y, z order, and -1 and 1 at the outer faces of the outermost voxels."""
+) -> Iterator[tuple[int, Float[Tensor, "B Z Y X 3"]]]:
+    """First plane and `grid_sample` coordinates of successive slabs of the views.
+
+    `grid_sample` wants x, y, z order, and -1 and 1 at the outer faces of the outermost voxels.
+    """
     lengths = np.asarray(regions.shape[2:], float)
-    scale = np.diag([*(2 / lengths), 1.0])
-    scale[:3, 3] = 1 / lengths - 1
-    normalised = (scale @ affines)[:, [2, 1, 0, 3]]
-    return coordinates(torch.from_numpy(normalised).to(regions), size)
+    normalise = affine(np.diag(2 / lengths), 1 / lengths - 1)
+    planes = max(1, SLAB // (len(affines) * size[1] * size[2]))
+    for first in range(0, size[0], planes):
+        shift = affine(np.eye(3), (first, 0, 0))
+        matrices = (normalise @ affines @ shift)[:, [2, 1, 0, 3]]
+        depth = min(planes, size[0] - first)
+        yield first, coordinates(torch.from_numpy(matrices).to(regions), (depth, size[1], size[2]))
 
 
 def _masks(draws: tuple[ViewDraw, ...], device: torch.device) -> Tensor | None:
