@@ -1,0 +1,130 @@
+"""What a source of data plans to convert, before any voxel is read. Sources make these records, one writer takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnssl_ext.errors import NnsslError
+
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+MR = "MRI"  # any channel name but CT gets z-scores in stock nnU-Net; "CT" is matched exactly
+CHANNEL_OF_MODALITY = {"ct": "CT", "mr": MR, "mri": MR, "pt": "PET", "pet": "PET"}
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A half-open box of voxels along z, y, x; what reaches beyond the image is padded with its lowest value."""
+
+    lower: tuple[int, int, int]
+    upper: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Where one 3D image comes from.
+
+    Attributes:
+        files: one file, or the slices of a DICOM series in order.
+        volume: index along the fourth axis of a 4D file, None for a 3D one.
+        crop: the part of it that is wanted, None for all.
+    """
+
+    files: tuple[Path, ...]
+    volume: int | None = None
+    crop: Crop | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file, or the folder of the series: what to name in messages."""
+        return self.files[0] if len(self.files) == 1 else self.files[0].parent
+
+
+@dataclass(frozen=True)
+class PlannedCase:
+    """One case to write. Without `label`, a foreground mask of the first channel becomes its label."""
+
+    identifier: str
+    channels: tuple[ImageSource, ...]
+    label: ImageSource | None = None
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedDataset:
+    """All that a source has to say.
+
+    Attributes:
+        channel_names: one per channel; they decide nnU-Net's normalisation.
+        cases: in the order to be written.
+        labels: name -> value; None: labelled, but only the label files know the values.
+        problems: bad input met while planning.
+        notes: what the user should know, but need not mend.
+        description: further entries of dataset.json (licence, reference, ...).
+        companions: identifiers of the written cases -> JSON files to lay beside dataset.json.
+    """
+
+    channel_names: tuple[str, ...]
+    cases: tuple[PlannedCase, ...]
+    labels: dict[str, int] | None
+    problems: tuple[NnsslError, ...] = ()
+    notes: tuple[str, ...] = ()
+    description: dict[str, str] = field(default_factory=dict)
+    companions: Callable[[Sequence[str]], dict[str, object]] | None = None
+
+
+FOREGROUND_LABELS = {"background": 0, "foreground": 1}
+
+
+def image_ending(path: Path) -> str | None:
+    """The image ending of a visible file, or None."""
+    if path.name.startswith("."):
+        return None
+    return next((ending for ending in IMAGE_ENDINGS if path.name.lower().endswith(ending)), None)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All image files below a folder, hidden ones (macOS leaves ``._x.nii.gz``) left out, sorted.
+
+    Raises:
+        NnsslError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise NnsslError(f"{folder} is not a folder", "check the path")
+    return sorted(p for p in folder.rglob("*") if image_ending(p) and p.is_file())
+
+
+def stem(path: Path) -> str:
+    """File name without image ending."""
+    ending = image_ending(path)
+    return path.name[: -len(ending)] if ending else path.name
+
+
+def identifier_of(text: str) -> str:
+    """A name nnU-Net, shells and file systems take: letters, digits, dot, dash and underscore."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+
+
+def duplicate_name(name: str, paths: Sequence[Path]) -> NnsslError:
+    """The problem of several images that would become one case."""
+    return NnsslError(
+        f"case {name}: duplicate case name: {', '.join(map(str, paths))}",
+        "rename the files, or name cases by their folders with --names path",
+    )
+
+
+def subject_of(case: str, pattern: str) -> str:
+    """The subject a case belongs to: the pattern's first group, else its whole match.
+
+    Raises:
+        NnsslError: no valid pattern, or no match.
+    """
+    try:
+        match = re.search(pattern, case)
+    except re.error as error:
+        raise NnsslError(f"--subject-pattern '{pattern}' is no regular expression: {error}", "e.g. '^[^_]+'") from error
+    if match is None:
+        raise NnsslError(f"--subject-pattern '{pattern}' matches nothing in case '{case}'", "e.g. '^[^_]+'")
+    return match[1] if match.groups() else match[0]
