@@ -20,10 +20,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("nnssl_ext", "beartype.beartype")
+hypothesis.settings.register_profile("shared machine", deadline=None)  # how long an example takes proves nothing here
+hypothesis.settings.load_profile("shared machine")
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnssl_results")
