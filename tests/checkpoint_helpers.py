@@ -107,3 +107,67 @@ def content_of(plans: dict[str, Any], input_channels: int = 1, seed: int = 0, **
         "progress": {"epoch": 3, "step": 750},
     }
     return checkpoint_content(**{**given, **changes})
+
+
+DATASET_JSON = {
+    "channel_names": {"0": "MRI"},
+    "labels": {"background": 0, "Anterior": 1, "Posterior": 2},
+    "numTraining": 3,
+    "file_ending": ".nii.gz",
+}
+
+
+def nnssl_checkpoint(
+    name: str, network: nn.Module, patch: list[int], kwargs: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """A file as nnssl's MAE trainers write it (reference measured on nnssl 70448644), around a network of DNA's.
+
+    Primus weights get the MAE decoder and mask token that nnssl's EvaMAE has beside them.
+    """
+    weights = {key: value.clone() for key, value in network.state_dict().items() if "seg_layers" not in key}
+    plan: dict[str, Any] = {
+        "architecture_plans": {"arch_class_name": name, "arch_kwargs": kwargs, "arch_kwargs_requiring_import": None},
+        "pretrain_plan": {
+            "dataset_name": "Dataset745_OpenMind",
+            "plans_name": "nnsslPlans",
+            "configurations": {
+                "onemmiso": {
+                    "data_identifier": "nnsslPlans_onemmiso",
+                    "spacing_style": "onemmiso",
+                    "spacing": [1, 1, 1],
+                    "normalization_schemes": ["ZScoreNormalization"],
+                    "patch_size": patch,
+                }
+            },
+        },
+        "pretrain_num_input_channels": 1,
+        "recommended_downstream_patchsize": patch,
+    }
+    if "Primus" in name:
+        weights = {key: value for key, value in weights.items() if key.startswith(("eva.", "down_projection."))}
+        weights |= {"mask_token": torch.zeros(1, 1, 4), "decoder.blocks.0.norm1.weight": torch.zeros(4)}
+        plan |= {
+            "key_to_encoder": "eva",
+            "key_to_stem": "down_projection",
+            "keys_to_in_proj": ["down_projection.proj"],
+            "key_to_lpe": "eva.pos_embed",
+        }
+    else:
+        plan |= {
+            "key_to_encoder": "encoder.stages",
+            "key_to_stem": "encoder.stem",
+            "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
+            "key_to_lpe": None,
+        }
+    return {
+        "network_weights": weights,
+        "nnssl_adaptation_plan": plan,
+        "optimizer_state": {"state": {}, "param_groups": []},
+        "grad_scaler_state": None,
+        "logging": {"train_losses": [1.0, 0.5], "lrs": [1e-2, 1e-3]},
+        "_best_ema": None,
+        "current_epoch": 1000,
+        "init_args": {"pretrain_json": {"datasets": {"d": {"subjects": {"sub-SECRET": {}}}}}, "fold": "all"},
+        "trainer_name": "BaseMAETrainer_BS8",
+        "citations": [{"type": "Pretraining method", "name": "MAE", "apa_citations": ["Wald et al."]}],
+    }

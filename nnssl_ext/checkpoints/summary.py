@@ -68,7 +68,8 @@ def _nnssl(content: Mapping[str, Any]) -> dict[str, Any]:
     plan = content.get("nnssl_adaptation_plan") or {}
     pretraining: dict[str, Any] = plan.get("pretrain_plan") or {}
     configurations: dict[str, Any] = pretraining.get("configurations") or {}
-    name, found = next(iter(configurations.items()), (None, {}))
+    name = next(iter(configurations), None)
+    found: dict[str, Any] = configurations.get(name or "", {})
     return {
         "method": content.get("trainer_name"),
         "plans": pretraining.get("plans_name"),

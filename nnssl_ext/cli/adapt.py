@@ -103,11 +103,10 @@ def _next_steps(adapted: Adapted, dataset: str, output: Path, derived: bool) -> 
     from nnssl_ext.checkpoints.adapt import CHECKPOINT, TABLE
 
     name, configuration = adapted.plans["plans_name"], adapted.configuration
-    steps = [f"wrote plans {name}, {output / CHECKPOINT} and {output / TABLE}", "next:"]
+    weights = output / CHECKPOINT
+    steps = [f"wrote plans {name}, {weights} and {output / TABLE}", "next:"]
     if derived:
         steps.append(f"  nnUNetv2_preprocess -d {dataset} -plans_name {name} -c {configuration}")
-    return [
-        *steps,
-        f"  nnUNetv2_train {dataset} {configuration} 0 -p {name} -tr nnsslFinetuneTrainer "
-        f"-pretrained_weights {output / CHECKPOINT}",
-    ]
+    trainer = "-tr nnsslFinetuneTrainer"
+    steps.append(f"  nnUNetv2_train {dataset} {configuration} 0 -p {name} {trainer} -pretrained_weights {weights}")
+    return steps
