@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.objectives.reconstruction import upsample_mask
 from nnssl_ext.records import Features, Size
 
 
@@ -47,7 +48,12 @@ class ResEncBackbone(nn.Module):
                 f"make every edge of the patch or crop a multiple of {self.divisor}",
             )
         if mask is not None:
-            x = x.masked_fill(upsample_mask(mask.to(x.device, non_blocking=True), size)[:, None], 0)
+            if any(s % g for s, g in zip(size, mask.shape[1:], strict=True)):
+                raise NnsslError(
+                    f"a mask of {tuple(mask.shape[1:])} cells does not divide {size} voxels",
+                    "draw masks on a grid that does",
+                )
+            x = x.masked_fill(upsample_mask(mask.to(x.device, non_blocking=True), size), 0)
         skips = self.network.encoder(x)
         return Features(levels=tuple(skips), strides=self.strides, summary=skips[-1].mean(dim=(2, 3, 4)))
 
@@ -59,18 +65,3 @@ class ResEncBackbone(nn.Module):
             current = stage(torch.cat((transpconv(current), skip), dim=1))
             maps.append(current)
         return Features(levels=tuple(maps[::-1]), strides=self.strides[:-1], summary=features.summary)
-
-
-def upsample_mask(mask: Bool[Tensor, "B z y x"], size: Size) -> Bool[Tensor, "B Z Y X"]:
-    """Repeat each cell over the voxels it covers.
-
-    Raises:
-        NnsslError: the mask's grid does not divide the volume.
-    """
-    if any(s % g for s, g in zip(size, mask.shape[1:], strict=True)):
-        raise NnsslError(
-            f"a mask of {tuple(mask.shape[1:])} cells does not divide {size} voxels", "draw masks on a grid that does"
-        )
-    for axis, voxels in enumerate(size, start=1):
-        mask = mask.repeat_interleave(voxels // mask.shape[axis], dim=axis)
-    return mask
