@@ -10,9 +10,12 @@ from scipy import ndimage
 from nnssl_ext.errors import NnsslError
 
 # Air is dark and alike: the middle half of the voxels below the threshold spans less than this part of the distance
-# between the medians below and above it. Measured: 0.09-0.14 where there is air (CT, abdominal MR), 0.30-1.3 in crops
-# that hold tissue only (hippocampus, centres of CT and MR), where nothing must be cut away.
-COMPACT = 0.2
+# between the medians below and above it. Measured: 0.09-0.21 where there is air (CT, chest phantom, abdominal MR), 0.30-1.3
+# in crops that hold tissue only (hippocampus, centres of CT and MR), where nothing must be cut away.
+COMPACT = 0.25
+# Tissue in the shade of a coil is dark too. It is told from air by at least this part of that distance, and by this many
+# standard deviations of air.
+ABOVE_AIR, DEVIATIONS = 0.2, 5.0
 PADDING_SHARE = 0.01  # a lowest value this frequent, reaching the border, is padding and not measured
 COMPONENT_SHARE = 0.05  # pieces smaller than this part of the largest are table, noise or ghosts
 SAMPLE = 1_000_000  # voxels for the histogram; more change thresholds by less than one of its 256 bins
@@ -21,7 +24,8 @@ SAMPLE = 1_000_000  # voxels for the histogram; more change thresholds by less t
 def foreground_mask(image: Real[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
     """Foreground of one raw CT or MR channel: smoothed, thresholded, largest pieces kept, holes (lungs) filled.
 
-    The threshold is Otsu's, else the (lower) triangle threshold, if the voxels below it are as alike as air is.
+    Air is what lies below Otsu's, else the (lower) triangle threshold, if those voxels are alike; air's own median and
+    spread then give the threshold.
     With neither the image holds no air, and all but padding is foreground. Only contrast counts, so any intensity
     range and unit will do.
 
@@ -80,8 +84,15 @@ def _air_threshold(values: Float[np.ndarray, " N"]) -> float | None:
         if dark.size and bright.size:
             first, third = np.percentile(dark, [25, 75])
             if third - first < COMPACT * (np.median(bright) - np.median(dark)):
-                return threshold
+                return min(threshold, _top_of_air(dark, float(np.median(bright))))
     return None
+
+
+def _top_of_air(dark: Float[np.ndarray, " N"], bright: float) -> float:
+    """Where air ends, by its own median and spread (1.4826 median absolute deviations are one of a Gaussian)."""
+    air = float(np.median(dark))
+    deviation = 1.4826 * float(np.median(np.abs(dark - air)))
+    return air + max(ABOVE_AIR * (bright - air), DEVIATIONS * deviation)
 
 
 def _tidy(mask: Bool[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
