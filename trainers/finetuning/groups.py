@@ -13,8 +13,8 @@ from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
 
 Half = Literal["encoder", "decoder", "head"]
 
-_ENCODER = ("encoder.", "decoder.encoder.", "down_projection.", "eva.", "register_tokens", "cls_token", "mask_token")
-_NOT_DECAYED = ("pos_embed", "register_tokens", "cls_token", "mask_token")
+_ENCODER = ("encoder.", "decoder.encoder.", "down_projection.", "eva.", "class_token", "register_tokens")
+_NOT_DECAYED = ("pos_embed", "class_token", "register_tokens")
 
 
 def half_of(name: str) -> Half:

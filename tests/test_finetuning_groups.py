@@ -1,0 +1,103 @@
+"""Halves, layer-wise decay and weight decay of real networks."""
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from torch import nn
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.primus import SegmentationPrimus
+from nnssl_ext.networks.primus_backbone import PrimusBackbone
+from nnssl_ext.networks.resenc_backbone import ResEncBackbone
+from nnssl_ext.trainers.finetuning.groups import IterationSchedule, half_of, parameter_groups
+from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
+
+
+def primus() -> SegmentationPrimus:
+    ones, twos = [1, 1, 1], [2, 2, 2]
+    return SegmentationPrimus(
+        1, 3, embed_dim=24, eva_depth=2, eva_numheads=2, input_shape=[16, 16, 16], strides=[ones, twos, twos],
+        num_register_tokens=2, class_token=True,
+    )  # fmt: skip
+
+
+def resenc() -> ResidualEncoderUNet:
+    return ResidualEncoderUNet(
+        1, 2, [4, 8], nn.Conv3d, 3, [1, 2], [1, 1], 3, [1], conv_bias=True, norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True,
+    )  # fmt: skip
+
+
+def by_name(network: nn.Module, groups: list[dict]) -> dict[str, dict]:
+    names = {id(p): name for name, p in network.named_parameters()}
+    return {names[id(p)]: group for group in groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("build", [primus, resenc])
+def test_every_parameter_is_in_exactly_one_group(build) -> None:
+    network = build()
+    grouped = [id(p) for group in parameter_groups(network, FinetuneSettings()) for p in group["params"]]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {id(p) for p in network.parameters()}
+
+
+@pytest.mark.parametrize(("build", "wrap"), [(primus, PrimusBackbone), (resenc, ResEncBackbone)])
+def test_halves_are_those_the_backbones_declare(build, wrap) -> None:
+    network = build()
+    backbone = wrap(network)
+    for name in network.state_dict():  # aliases such as decoder.encoder.* included
+        if ".seg_layers." in name:
+            assert half_of(name) == "head"
+        else:
+            assert (half_of(name) == "encoder") == name.startswith(backbone.encoder_prefixes)
+            assert half_of(name) == "encoder" or name.startswith(backbone.decoder_prefixes)
+
+
+def test_layer_decay_by_hand() -> None:
+    """Depth 2 and decay 1/2: stem, tokens and positions 1/8, block 0 1/4, block 1 1/2, final norm and decoder 1."""
+    network = primus()
+    found = by_name(network, parameter_groups(network, FinetuneSettings(layer_decay=0.5)))
+    expected = {
+        "down_projection.proj.weight": 1 / 8,
+        "class_token": 1 / 8,
+        "register_tokens": 1 / 8,
+        "eva.pos_embed": 1 / 8,
+        "eva.blocks.0.norm1.weight": 1 / 4,
+        "eva.blocks.1.norm1.weight": 1 / 2,
+        "eva.norm.weight": 1.0,
+        "decoder.stages.0.0.weight": 1.0,
+        "decoder.seg_layers.1.weight": 1.0,
+    }
+    assert {name: found[name]["layer_scale"] for name in expected} == expected
+
+
+def test_only_kernels_and_matrices_are_decayed() -> None:
+    network = primus()
+    found = by_name(network, parameter_groups(network, FinetuneSettings(weight_decay=0.05)))
+    decayed = {name for name, group in found.items() if group["weight_decay"] == 0.05}
+    assert {"down_projection.proj.weight", "decoder.stages.0.0.weight", "decoder.seg_layers.0.weight"} <= decayed
+    assert not decayed & {"eva.pos_embed", "class_token", "register_tokens", "eva.norm.weight"}
+    assert not [name for name in decayed if name.endswith("bias")]
+    assert {group["weight_decay"] for group in found.values()} == {0.0, 0.05}
+
+
+def test_layer_decay_without_blocks_is_refused() -> None:
+    with pytest.raises(NnsslError, match=r"layer_decay 0\.75"):
+        parameter_groups(resenc(), FinetuneSettings(layer_decay=0.75))
+
+
+def test_rates_reach_the_groups_with_layer_decay_only_once_pretrained() -> None:
+    network = primus()
+    settings = FinetuneSettings(
+        epochs=1, iterations_per_epoch=10, warmup_share=0.0, layer_decay=0.5, lr_encoder=8.0, lr_decoder=1.0, lr_scratch=3.0
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(network, settings), lr=0.0)
+    schedule = IterationSchedule(optimizer.param_groups, settings)
+    found = by_name(network, optimizer.param_groups)
+    schedule.step(0)
+    assert {group["lr"] for group in found.values()} == {3.0}
+    schedule.pretrained = True
+    schedule.at(0)
+    names = ("eva.pos_embed", "eva.blocks.1.norm1.weight", "eva.norm.weight", "decoder.seg_layers.0.weight")
+    assert [found[name]["lr"] for name in names] == [1.0, 4.0, 8.0, 1.0]
+    assert not any(group["frozen"] for group in found.values())
