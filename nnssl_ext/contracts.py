@@ -30,6 +30,7 @@ class ViewDraw:
     mask: Bool[np.ndarray, "z y x"] | None = None
 
 
+@runtime_checkable
 class ViewPolicy(Protocol):
     """Draws the views of one case. Frozen, picklable, without torch state: it runs in reading workers."""
 

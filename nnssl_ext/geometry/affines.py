@@ -12,7 +12,7 @@ from nnssl_ext.geometry.boxes import Box
 from nnssl_ext.records import Size
 
 Affine = Float[np.ndarray, "4 4"]
-Vector = Sequence[float] | np.ndarray
+Vector = Sequence[float | int] | np.ndarray
 """One value per axis z, y, x."""
 
 

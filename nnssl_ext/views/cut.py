@@ -63,7 +63,7 @@ def resample(
         _copy_crop(regions[row], np.rint(affines[row]).astype(int), views[row])
     if others:
         sources = regions if len(others) == len(affines) else regions[others]
-        for first, grid in _sampling_grids(affines[others], size, regions):
+        for first, grid in _sampling_grids(affines[others], size, sources):
             slab = F.grid_sample(sources, grid, align_corners=False)
             views[others, :, first : first + grid.shape[1]] = slab
     return views

@@ -37,10 +37,6 @@ class SpatialSettings:
     zoom_range: Range = (0.7, 1.4)
 
 
-NO_SPATIAL = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
-"""Random places only."""
-
-
 @dataclass(frozen=True)
 class IntensitySettings:
     """Intensity augmentations: a probability and a range of strengths each, in the order of application.
