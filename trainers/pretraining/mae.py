@@ -233,11 +233,11 @@ class MaskedBlocks(nn.Module):
 
 
 def default_block(crop: Size) -> Size:
-    """Block of a convolutional MAE: nnssl's 16 voxels, halved per axis until it divides the crop and at least 4 blocks
-    lie along the axis (small and anisotropic crops)."""
+    """Block of a convolutional MAE: nnssl's 16 voxels, halved per axis until at least 4 blocks lie along the axis, for
+    small and anisotropic crops."""
 
     def along(length: int) -> int:
-        return next((b for b in (16, 8, 4, 2) if length % b == 0 and length >= 4 * b), 1)
+        return next((b for b in (16, 8, 4, 2) if length >= 4 * b), 1)
 
     z, y, x = crop
     return along(z), along(y), along(x)

@@ -1,0 +1,230 @@
+"""Runs through the loop: every method on every backbone, interrupted, resumed, replicated, and with bad data."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, write_dataset
+
+from nnssl_ext.catalogue import pretraining_methods
+from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.cli import train
+from nnssl_ext.engine import loop
+from nnssl_ext.engine.job import Job
+from nnssl_ext.errors import NnsslError
+
+EVERY_PAIR = [(method, backbone) for method in pretraining_methods() for backbone in BACKBONES]
+
+
+@pytest.fixture
+def dataset(nnunet_env):
+    return write_dataset(nnunet_env.preprocessed)
+
+
+def job_of(*flags: str, method: str = "MAETrainer", backbone: str = "PrimusTiny") -> Job:
+    base = [DATASET, CONFIGURATION, "-tr", method, "-p", f"nnssl{backbone}Plans", "-device", "cpu"]
+    args, rest = train.parser().parse_known_args([*base, *flags])
+    return train._job(args, rest)
+
+
+def log_of(job: Job) -> list[dict[str, str]]:
+    with open(job.output / "training_log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(job: Job, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:
+    return load_checkpoint(job.output / name)["network_weights"]
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Killed(Exception):
+    """Stands for a crash."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    real = loop.optimizer_step
+
+    def dying(parts, micro_batches, state):
+        if state.step == step:
+            raise Killed
+        return real(parts, micro_batches, state)
+
+    monkeypatch.setattr(loop, "optimizer_step", dying)
+
+
+@pytest.mark.parametrize(("method", "backbone"), EVERY_PAIR)
+def test_every_method_trains_and_continues_exactly_after_a_crash(dataset, monkeypatch, tmp_path, method, backbone):
+    flags = ("--epochs", "3", "--iterations", "2", "--picture_epochs", "2")
+    whole = job_of(*flags, method=method, backbone=backbone)
+    assert loop.pretrain(whole)
+    monkeypatch.setenv("nnssl_results", str(tmp_path / "again"))
+    broken = job_of(*flags, method=method, backbone=backbone)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        crash_at(patch, step=3)  # in the middle of the second epoch
+        loop.pretrain(broken)
+    assert loop.pretrain(broken, resume=True)
+    assert_same(weights_of(whole), weights_of(broken), 0)
+    columns = ("epoch", "step", "loss", "grad_norm", "lr")
+    rows = [[{c: r[c] for c in columns} for r in log_of(job)] for job in (whole, broken)]
+    assert rows[0] == rows[1]
+    assert [row["step"] for row in rows[0]] == ["2.0", "4.0", "6.0"] or [r["step"] for r in rows[0]] == ["2", "4", "6"]
+    for name in ("progress.png", "reconstruction_0000.png", "reconstruction_final.png", "settings.json", "plans.json"):
+        assert (whole.output / name).stat().st_size > 0
+
+
+def test_weights_move_and_checkpoints_hold_what_was_trained(dataset):
+    job = job_of("--epochs", "1", "--iterations", "2")
+    fresh = loop.build_method(job).export_backbone().network.state_dict()
+    assert loop.pretrain(job)
+    content = load_checkpoint(job.output / "checkpoint_final.pth")
+    trained = content["network_weights"]
+    moved = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
+    assert any(name.startswith("eva.blocks") for name in moved)
+    assert set(content["nnssl_ext"]["not_pretrained"]).isdisjoint(moved)
+    assert "training_state" not in content
+    assert "training_state" in load_checkpoint(job.output / "checkpoint_latest.pth")
+
+
+def test_a_run_is_not_overwritten_and_changed_settings_are_named(dataset):
+    flags = ("--epochs", "1", "--iterations", "1")
+    assert loop.pretrain(job_of(*flags))
+    with pytest.raises(NnsslError, match="already holds a run") as refused:
+        loop.pretrain(job_of(*flags))
+    assert "--c" in refused.value.fix
+    with pytest.raises(NnsslError, match=r"settings.mask_ratio: was 0.75, now 0.5"):
+        loop.pretrain(job_of(*flags, "--mask_ratio", "0.5"), resume=True)
+    assert loop.pretrain(job_of(*flags, "--workers", "1"), resume=True)  # changes no batch
+
+
+def test_gradient_accumulation_equals_one_large_batch(dataset, monkeypatch, tmp_path):
+    no_random_depth(dataset)
+    sgd = ("--epochs", "1", "--iterations", "2", "--optim.optimizer", "sgd", "--optim.lr", "0.1")
+    large = job_of(*sgd, "--batch_size", "4")
+    assert loop.pretrain(large)
+    monkeypatch.setenv("nnssl_results", str(tmp_path / "accumulated"))
+    small = job_of(*sgd, "--batch_size", "2", "--optim.accumulate", "2")
+    assert loop.pretrain(small)
+    assert_same(weights_of(large), weights_of(small), 1e-6)
+
+
+def no_random_depth(dataset: Path) -> None:
+    plans = dataset / "nnsslPrimusTinyPlans.json"
+    plans.write_text(plans.read_text().replace('"drop_path_rate": 0.1', '"drop_path_rate": 0.0'))
+
+
+def command(*flags: object) -> list[str]:
+    script = Path(sys.executable).parent / "nnssl_train"
+    fixed = (DATASET, CONFIGURATION, "-p", "nnsslPrimusTinyPlans", "-device", "cpu")
+    return [str(part) for part in (script, *fixed, *flags)]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_two_processes_equal_one_with_double_batch(dataset, monkeypatch, tmp_path, backbone):
+    no_random_depth(dataset)
+    sgd = ["--epochs", "1", "--iterations", "3", "--optim.optimizer", "sgd", "--optim.lr", "0.1"]
+    one = job_of(*sgd, "--batch_size", "4", backbone=backbone)
+    assert loop.pretrain(one)
+    monkeypatch.setenv("nnssl_results", str(tmp_path / "two"))
+    two = job_of(*sgd, "--batch_size", "2", backbone=backbone)
+    flags = command(*sgd, "--batch_size", 2, "-num_gpus", 2, "-p", f"nnssl{backbone}Plans")
+    done = subprocess.run(flags, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(weights_of(one), weights_of(two), 1e-6)
+    for column in ("loss", "grad_norm"):
+        assert float(log_of(one)[0][column]) == pytest.approx(float(log_of(two)[0][column]), rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_continues_with_the_same_curve(dataset, monkeypatch, tmp_path, number):
+    flags = ("--epochs", 4, "--iterations", 30)
+    whole = job_of(*map(str, flags))
+    assert loop.pretrain(whole)
+    monkeypatch.setenv("nnssl_results", str(tmp_path / "killed"))
+    killed = replace(whole, output=job_of(*map(str, flags)).output)
+    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    latest = killed.output / "checkpoint_latest.pth"
+    deadline = time.monotonic() + 120
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.1)  # into the next epoch
+    os.kill(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 0, output
+        assert "stopped by SIGTERM" in output
+    assert not (killed.output / "checkpoint_final.pth").exists()
+    again = subprocess.run(command(*flags, "--c"), capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "continuing at step" in again.stdout
+    losses = [[float(row["loss"]) for row in log_of(job)] for job in (whole, killed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same(weights_of(whole), weights_of(killed), 1e-5)
+
+
+def poison(dataset: Path, case: str) -> None:
+    path = dataset / "tiny_3d_fullres" / f"{case}.b2nd"
+    shape = blosc2.open(str(path)).shape
+    path.unlink()
+    blosc2.asarray(np.full(shape, np.nan, np.float32), urlpath=str(path))
+
+
+def test_non_finite_steps_are_skipped_and_counted_with_their_cases(dataset, capsys):
+    poison(dataset, "case_03")
+    job = job_of("--epochs", "2", "--iterations", "6", "--batch_size", "1", "--max_skipped", "50")
+    assert loop.pretrain(job)
+    assert float(log_of(job)[-1]["skipped"]) == 2  # each of the six cases once per epoch
+    assert "case_03" in capsys.readouterr().out
+    assert all(bool(torch.isfinite(value).all()) for value in weights_of(job).values())
+
+
+def test_past_the_budget_the_run_rolls_back_once_and_then_names_the_cause(dataset, capsys):
+    for case in ("case_02", "case_03", "case_04", "case_05"):
+        poison(dataset, case)
+    job = job_of("--epochs", "1", "--iterations", "40", "--batch_size", "1", "--max_skipped", "2")
+    with pytest.raises(NnsslError, match="hold NaN or Inf") as ended:
+        loop.pretrain(job)
+    assert "rolling back" in capsys.readouterr().out
+    assert any(name in ended.value.what for name in ("case_02", "case_03", "case_04", "case_05"))
+    assert "--cases" in ended.value.fix
+
+
+def test_only_the_named_cases_are_read(dataset, tmp_path):
+    names = tmp_path / "cases.txt"
+    names.write_text("case_01\ncase_04\n")
+    job = job_of("--epochs", "1", "--iterations", "1", "--cases", str(names))
+    assert [case.identifier for case in job.cases] == ["case_01", "case_04"]
+    names.write_text("case_01\ncase_O4\n")
+    with pytest.raises(NnsslError, match="case_O4"):
+        job_of("--cases", str(names))
+
+
+def test_an_unwritable_results_folder_is_named_before_training(dataset, monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("nnssl_results", str(blocked))
+    with pytest.raises(NnsslError, match="cannot write"):
+        loop.pretrain(job_of("--epochs", "1", "--iterations", "1"))
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(dataset, monkeypatch, tmp_path):
+    runs = []
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        monkeypatch.setenv("nnssl_results", str(tmp_path / folder))
+        job = job_of("--epochs", "1", "--iterations", "2", "--seed", seed)
+        assert loop.pretrain(job)
+        runs.append(float(log_of(job)[0]["loss"]))
+    assert runs[0] == runs[1] != runs[2]
