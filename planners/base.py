@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,11 +11,11 @@ from typing import Any, ClassVar
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.paths import folder
 from nnssl_ext.planners.fingerprint import label_free_fingerprint
 from nnssl_ext.planners.memory import Cost, Views, largest_batch, memory_gb, network_cost
 from nnssl_ext.planners.normalization import choose_normalization
@@ -58,11 +59,12 @@ class PretrainingPlanner(ExperimentPlanner):
         gpu_memory_target_in_gb: float | None = None,
         preprocessor_name: str = "DefaultPreprocessor",
         plans_name: str | None = None,
-        overwrite_target_spacing: list[float] | tuple[float, ...] | None = None,
+        overwrite_target_spacing: Sequence[float] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
-        name = maybe_convert_to_dataset_name(dataset_name_or_id)
-        require_labels(Path(nnUNet_raw) / name, convert_dataset_name_to_id(name))
+        raw, preprocessed = folder("nnUNet_raw"), folder("nnUNet_preprocessed")
+        name = str(maybe_convert_to_dataset_name(dataset_name_or_id))
+        require_labels(raw / name, convert_dataset_name_to_id(name))
         super().__init__(
             dataset_name_or_id,
             self.default_memory_gb if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb,
@@ -73,7 +75,7 @@ class PretrainingPlanner(ExperimentPlanner):
         )
         self.overrides = Overrides()
         self.views = Views()
-        self.preprocessed = Path(nnUNet_preprocessed) / self.dataset_name
+        self.preprocessed = preprocessed / name
         self.channel_names = list((self.dataset_json.get("channel_names") or self.dataset_json["modality"]).values())
         for case, files in self.dataset.items():
             if len(files["images"]) != len(self.channel_names):
@@ -162,10 +164,11 @@ class PretrainingPlanner(ExperimentPlanner):
         """Of the planned network on a global and on a local crop."""
         patch = [int(edge) for edge in configuration["patch_size"]]
         classes = len(self.dataset_json["labels"])
-        return tuple(
+        whole, part = (
             network_cost(configuration["architecture"], size, len(self.channel_names), classes)
             for size in (patch, local_crop(patch, divisor))
-        )  # type: ignore[return-value]
+        )
+        return whole, part
 
     def nnssl_block(
         self, configuration: dict[str, Any], divisor: Size, token: Size | None, reasons: dict[str, str]

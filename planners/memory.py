@@ -100,7 +100,7 @@ def primus_cost(arch: Mapping[str, Any], size: Sequence[int], channels: int, cla
     norms = 2 * width * (3 if inner else 2) + 2 * hidden
     block = weights + biases + norms + (2 * width if scaled else 0)
     stem = channels * token * width + width
-    parameters = stem + (patch_tokens + 2 * prefix) * width + depth * block + 2 * width
+    parameters = stem + (patch_tokens + prefix) * width + depth * block + 2 * width
 
     # norm 1 in/out, rotated q and k, v, attention out (by head, by token), its norm, norm 2 in/out, LayerScale's two inputs;
     # gate, its SiLU, value, product, its norm; mean and deviation of each norm; attention's log-sum per head

@@ -84,8 +84,8 @@ class nnsslPercentileNormalization(ImageNormalization):
         """
         finite = np.isfinite(image)
         image = np.where(finite, image, image[finite].min() if finite.any() else 0).astype(np.float32)
-        masked = bool(self.use_mask_for_norm) and seg is not None
-        inside = seg >= 0 if masked else _foreground(image)
+        masked = self.use_mask_for_norm and seg is not None
+        inside = np.asarray(seg) >= 0 if masked else _foreground(image)
         values = image[inside & finite].astype(np.float64)
         if values.size == 0:
             return np.zeros(image.shape, self.target_dtype)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
+from jaxtyping import Float
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 from nnssl_ext.errors import NnsslError
@@ -30,16 +31,16 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
 
     def get_plans_for_configuration(
         self,
-        spacing: Sequence[float],
-        median_shape: Sequence[float],
+        spacing: Float[np.ndarray, " axes"],
+        median_shape: Float[np.ndarray, " axes"],
         data_identifier: str,
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
     ) -> dict[str, Any]:
         """One configuration of the plans; arguments as nnU-Net passes them."""
         preset = PRIMUS_PRESETS[self.preset]
-        spacing = [float(s) for s in spacing]
-        token, token_reason = token_size(spacing, median_shape, preset.token_size)
+        millimetres, median = spacing.tolist(), median_shape.tolist()
+        token, token_reason = token_size(millimetres, median, preset.token_size)
         if self.overrides.token_size:
             token, token_reason = _checked_token(self.overrides.token_size), "asked for"
         target = float(self.UNet_vram_target_GB)
@@ -54,9 +55,7 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
             few = math.prod(size) // math.prod(token) <= MOST_TOKENS
             return small and few and estimate(size, self.UNet_min_batch_size) <= target
 
-        patch = self.overrides.patch_size or shrink(
-            initial_patch(spacing, median_shape, token), median_shape, token, fits
-        )
+        patch = self.overrides.patch_size or shrink(initial_patch(millimetres, median, token), median, token, fits)
         if any(edge % t for edge, t in zip(patch, token, strict=True)):
             raise NnsslError(
                 f"patch {list(patch)} is no multiple of the token {list(token)}",
@@ -72,8 +71,8 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
             "batch_size": self.overrides.batch_size
             or self.supervised_batch(batch, patch, approximate_n_voxels_dataset),
             "patch_size": list(patch),
-            "median_image_size_in_voxels": list(median_shape),
-            "spacing": spacing,
+            "median_image_size_in_voxels": median,
+            "spacing": millimetres,
             "normalization_schemes": schemes,
             "use_mask_for_norm": masks,
             "resampling_fn_data": data_fn.__name__,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
 import numpy as np
+from jaxtyping import Float
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     ResEncUNetPlanner,
 )
@@ -21,12 +21,16 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
     """nnU-Net's planning of ``ResidualEncoderUNet`` with the sizes of a preset.
 
     Class attributes:
-        reference_features: feature map values that fit the preset's memory at batch 2, in nnU-Net's count.
+        reference_features: feature map values that fit the preset's memory at batch 2, in nnU-Net's count (nnU-Net's own
+            numbers for M, L and XL).
+        min_edge: nnU-Net's shortest edge of the deepest feature map.
+        sized_for: what else to say about the patch.
     """
 
     backbone = "resenc"
     reference_features: ClassVar[float]
     min_edge: ClassVar[int] = 4
+    sized_for: ClassVar[str] = ""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -40,8 +44,8 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
 
     def get_plans_for_configuration(
         self,
-        spacing: Sequence[float],
-        median_shape: Sequence[float],
+        spacing: Float[np.ndarray, " axes"],
+        median_shape: Float[np.ndarray, " axes"],
         data_identifier: str,
         approximate_n_voxels_dataset: float,
         _cache: dict[str, Any],
@@ -55,7 +59,7 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
         arch = configuration["architecture"]["arch_kwargs"]
         _truncate(arch, RESENC_PRESETS[self.preset].max_stages or arch["n_stages"])
         divisor = cast(Size, tuple(math.prod(axis) for axis in np.array(arch["strides"]).T.tolist()))
-        reason = f"nnU-Net's rule for {self.UNet_vram_target_GB:g} GB"
+        reason = f"nnU-Net's rule for {self.UNet_vram_target_GB:g} GB{self.sized_for}"
         if self.overrides.patch_size:
             configuration["patch_size"], reason = list(self.overrides.patch_size), "asked for"
         patch = cast(Size, tuple(int(edge) for edge in configuration["patch_size"]))
@@ -80,10 +84,13 @@ class nnsslPlannerResEncTiny(ResEncPlanner):
     """Trains on a CPU."""
 
     preset = "ResEncTiny"
+    sized_for = ", which this preset scales to what a CPU can train on"
     default_memory_gb = RESENC_PRESETS["ResEncTiny"].memory_gb
     most_supervised = 2
     min_edge = 8  # pool no deeper than the preset's three stages need: patches in multiples of 4
-    reference_features = 12_000_000.0  # 40x56x40 voxels: 0.4 CPU-seconds per iteration of batch 2
+    reference_features = (
+        10_500_000.0  # 40x56x40 voxels; a hippocampus crop takes 0.4-0.6 CPU-seconds per step of batch 2
+    )
 
 
 class nnsslPlannerResEncM(ResEncPlanner):

@@ -17,7 +17,7 @@ INITIAL_PATCH_VOXELS = 256**3
 """nnU-Net starts from the spacing's aspect ratio at this volume and shrinks until the patch fits."""
 
 
-def token_size(spacing: Sequence[float], median_shape: Sequence[float], edge: int) -> tuple[Size, str]:
+def token_size(spacing: Sequence[int | float], median_shape: Sequence[int | float], edge: int) -> tuple[Size, str]:
     """Voxels per token, near-isotropic in mm: `edge` voxels where spacing is finest, fewer (powers of 2) elsewhere.
 
     Args:
@@ -48,14 +48,16 @@ def token_strides(token: Sequence[int]) -> list[list[int]]:
     return [[1, 1, 1]] + [[2 if t >= 2 ** (stages - s) else 1 for t in token] for s in range(stages)]
 
 
-def initial_patch(spacing: Sequence[float], median_shape: Sequence[float], divisor: Sequence[int]) -> Size:
+def initial_patch(spacing: Sequence[int | float], median_shape: Sequence[int | float], divisor: Sequence[int]) -> Size:
     """nnU-Net's starting patch: isotropic in mm, no longer than the median case, rounded up to multiples of `divisor`."""
     scale = (INITIAL_PATCH_VOXELS * math.prod(spacing)) ** (1 / 3)
     wanted = [min(round(scale / s), round(m)) for s, m in zip(spacing, median_shape, strict=True)]
     return round_up(wanted, divisor)
 
 
-def shrink(patch: Size, median_shape: Sequence[float], divisor: Sequence[int], fits: Callable[[Size], bool]) -> Size:
+def shrink(
+    patch: Size, median_shape: Sequence[int | float], divisor: Sequence[int], fits: Callable[[Size], bool]
+) -> Size:
     """Shorten, one divisor at a time, the axis that is longest relative to the median case until the patch fits.
 
     Stops at two divisors per axis: smaller patches see next to nothing.
@@ -75,17 +77,17 @@ def local_crop(global_crop: Sequence[int], divisor: Sequence[int]) -> Size:
     return round_up([edge / 2 for edge in global_crop], divisor)
 
 
-def round_up(size: Sequence[float], divisor: Sequence[int]) -> Size:
+def round_up(size: Sequence[int | float], divisor: Sequence[int]) -> Size:
     """The next multiples of `divisor`, at least one of it."""
     z, y, x = (max(1, math.ceil(edge / d)) * d for edge, d in zip(size, divisor, strict=True))
     return z, y, x
 
 
-def _isotropic(spacing: Sequence[float], edge: int) -> Size:
+def _isotropic(spacing: Sequence[int | float], edge: int) -> Size:
     length = edge * min(spacing)
     z, y, x = (2 ** min(round(math.log2(edge)), max(0, round(math.log2(length / s)))) for s in spacing)
     return z, y, x
 
 
-def _tokens(shape: Sequence[float], token: Size) -> list[int]:
+def _tokens(shape: Sequence[int | float], token: Size) -> list[int]:
     return [math.ceil(edge / t) for edge, t in zip(shape, token, strict=True)]
