@@ -74,18 +74,12 @@ def test_data() -> Path:
 
 @pytest.fixture
 def nnunet_env(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workspace]:
-    """Isolated nnU-Net folders, known to child processes and to modules that nnU-Net has already loaded here."""
+    """Isolated nnU-Net folders, for this process and its children: nnU-Net reads the variables when it uses a folder."""
     for variable in FOLDERS:
         (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, str(tmp_path / variable))
     for variable, value in SINGLE_THREADED.items():
         monkeypatch.setenv(variable, value)
-    # nnunetv2.paths reads the variables once, and other modules copy the names out of it.
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] == "nnunetv2":
-            for variable in FOLDERS:
-                if variable in vars(module):
-                    monkeypatch.setattr(module, variable, str(tmp_path / variable))
     yield Workspace(*(tmp_path / variable for variable in FOLDERS))
 
 
