@@ -71,7 +71,7 @@ class PhantomSettings:
 
     modality: Literal["mr", "ct"] = "mr"
     field_of_view: tuple[float, float, float] = (72.0, 84.0, 76.0)
-    spacing: tuple[float, float, float] = (2.0, 1.6, 1.6)
+    spacing: tuple[float, float, float] = (2.5, 2.0, 2.0)
     spacing_jitter: float = 0.1
     deformation: float = 0.8
     noise: float = 0.08
