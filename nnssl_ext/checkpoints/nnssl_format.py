@@ -75,6 +75,7 @@ def from_nnssl(content: dict[str, Any], origin: str, fix_axes: bool = False) -> 
     configuration: dict[str, Any] = next(iter(configurations.values()), {})
     patch = plan.get("pretrain_patch_size") or configuration.get("patch_size") or PATCH
     patch = tuple(int(p) for p in patch)
+    spacing = configuration.get("spacing") or (1, 1, 1)
     architecture = _architecture(plan["architecture_plans"], patch, origin)
     primus = architecture["network_class_name"] == PRIMUS_PATH
 
@@ -95,7 +96,7 @@ def from_nnssl(content: dict[str, Any], origin: str, fix_axes: bool = False) -> 
         preset=plan["architecture_plans"]["arch_class_name"].rsplit(".", 1)[-1],
         input_channels=int(plan.get("pretrain_num_input_channels", 1)),
         patch_size=tuple(int(p) for p in plan.get("recommended_downstream_patchsize") or patch),
-        spacing=tuple(configuration["spacing"]) if configuration.get("spacing_style") == "onemmiso" else None,
+        spacing=tuple(float(s) for s in spacing) if configuration.get("spacing_style") == "onemmiso" else None,
         normalization_schemes=tuple(configuration.get("normalization_schemes") or ["ZScoreNormalization"]),
         batch_size=2,  # what nnssl's fine-tuning commands impose
         citations=list(content.get("citations") or []),
@@ -195,17 +196,18 @@ def _strides(token: list[int], origin: str) -> list[list[int]]:
 
 
 def _rename(weights: dict[str, Tensor], plan: Mapping[str, Any], primus: bool, origin: str) -> dict[str, Tensor]:
-    """Encoder and stem under the names of our networks. Of Primus the rest is left out: nnssl's MAE has another decoder."""
+    """Encoder and stem under the names of our networks, everything else under its own."""
     ours = {"key_to_encoder": "eva", "key_to_stem": "down_projection"} if primus else {}
-    found = {} if primus else dict(weights)
+    found = dict(weights)
     for field in ("key_to_encoder", "key_to_stem"):
         theirs = plan[field]
-        part = {key: value for key, value in weights.items() if key.startswith(f"{theirs}.")}
+        part = [key for key in weights if key.startswith(f"{theirs}.")]
         if not part:
             tops = sorted({".".join(key.split(".")[:2]) for key in weights})
             raise NnsslError(
                 f"{origin}: no weight starts with '{theirs}', which its adaptation plan gives as {field}",
                 f"correct the plan in the file; the weights start with {', '.join(tops[:12])}",
             )
-        found |= {ours.get(field, theirs) + key[len(theirs) :]: value for key, value in part.items()}
+        for key in part:
+            found[ours.get(field, theirs) + key[len(theirs) :]] = found.pop(key)
     return found

@@ -70,9 +70,11 @@ class TransferTable:
 
     def as_table(self) -> Table:
         """For the terminal."""
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("tensor", "action", "checkpoint", "network", "why", title=f"transfer: {self}")
+        table = Table(
+            Column("tensor", overflow="fold"), "action", "checkpoint", "network", "why", title=f"transfer: {self}"
+        )
         colours = {"loaded": "green", "adapted": "yellow", "new": "cyan", "skipped": "dim"}
         for row in self.rows:
             sizes = ("x".join(map(str, size)) if size is not None else "-" for size in (row.source, row.target))

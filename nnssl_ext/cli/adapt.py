@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnssl_ext.cli._console import console
 from nnssl_ext.cli._run import run
 from nnssl_ext.files import read_json
 
@@ -56,17 +57,15 @@ def _main() -> int:
     if args.p and args.patch_size:
         base.error("--patch_size belongs to derived plans; -p brings its own")
 
-    from rich.console import Console
-
     from nnssl_ext.checkpoints.adapt import adapt, adapted_name, read_pretrained, write_adapted
     from nnssl_ext.checkpoints.target import derive_plans
     from nnssl_ext.paths import dataset_name, folder
     from nnssl_ext.plans import preprocessed_folder, read_plans
 
     folder("nnssl_results")  # name a missing variable before the work, not after it
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     source = read_pretrained(args.checkpoint, args.fix_nnssl_axes)
-    console.print(str(source), *source.notes, sep="\n  note: ")
+    out.print(str(source), *source.notes, sep="\n  note: ", markup=False)
     name = args.name or source.method.removesuffix("Trainer")
     if args.p:
         plans_name = adapted_name(args.p, name)
@@ -78,9 +77,9 @@ def _main() -> int:
         dataset_json = read_json(folder("nnUNet_raw") / dataset_name(args.d, "nnUNet_raw") / "dataset.json")
     plans = _settings(plans, args.c, rest)
     adapted = adapt(source, plans, args.c, dataset_json, plans_name)
-    console.print(adapted.table.as_table())
+    out.print(adapted.table.as_table())
     output = write_adapted(adapted)
-    console.print(*_next_steps(adapted, args.d, output, derived=args.p is None), sep="\n")
+    out.print(*_next_steps(adapted, args.d, output, derived=args.p is None), sep="\n", markup=False)
     return 0
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.cli._console import console
 from nnssl_ext.cli._run import run
 
 
@@ -46,30 +47,28 @@ def _main() -> int:
 
 
 def _show(summary: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    out = console()
     long = {"modules", "citations", "keys", "parameters", "tensors", "names", "architecture"}
-    facts = Table(show_header=False, box=None)
-    facts.add_row("network", _network(summary["architecture"]))
-    facts.add_row(
-        "weights",
-        f"{summary['parameters']:,} parameters in {summary['tensors']} tensors under {summary['names']} names",
-    )
+    counts = f"{summary['parameters']:,} parameters in {summary['tensors']} tensors under {summary['names']} names"
+    out.print(f"network: {_network(summary['architecture'])}\nweights: {counts}", markup=False)
     for name, value in summary.items():
         if name not in long and value not in (None, {}, []):
-            facts.add_row(name.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
-    console.print(facts)
-    modules = Table("module", "names", "tensors", "parameters", "of these not pretrained")
+            out.print(
+                f"{name.replace('_', ' ')}: {value if isinstance(value, str) else json.dumps(value)}", markup=False
+            )
+    modules = Table(Column("module", overflow="fold"), "names", "tensors", "parameters", "of these not pretrained")
     for name, counts in summary["modules"].items():
         modules.add_row(name, *(f"{counts[c]:,}" for c in ("names", "tensors", "parameters", "not_pretrained")))
-    console.print(modules)
+    out.print(modules)
     for key, shape in summary.get("keys", {}).items():
-        console.print(f"{key}  {shape}")
+        out.print(f"{key}  {shape}", markup=False)
     for citation in summary["citations"]:
         papers = citation.get("apa_citations") or citation.get("bibtex_citations") or []
-        console.print(f"cite for {citation.get('type', '?')} {citation.get('name', '?')}:", *papers, sep="\n  ")
+        out.print(
+            f"cite for {citation.get('type', '?')} {citation.get('name', '?')}:", *papers, sep="\n  ", markup=False
+        )
 
 
 def _network(architecture: dict[str, Any] | None) -> str:
