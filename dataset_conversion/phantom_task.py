@@ -34,7 +34,7 @@ def write_phantom_task(folder: Path, settings: PhantomSettings, count: int, firs
     with whole_folder(folder) as building:
         for part in ("imagesTr", "labelsTr", "displacementsTr"):
             (building / part).mkdir()
-        for seed, name in enumerate(tqdm(names, desc="phantoms", unit="case"), start=first_seed):
+        for seed, name in enumerate(tqdm(names, desc="phantoms", unit="case", disable=None), start=first_seed):
             phantom = generate_phantom(settings, seed)
             voxels = phantom.image.astype(np.int16) if settings.modality == "ct" else phantom.image
             sitk.WriteImage(to_itk(voxels, phantom), building / "imagesTr" / f"{name}.nii.gz")
