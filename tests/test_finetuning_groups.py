@@ -89,10 +89,16 @@ def test_layer_decay_without_blocks_is_refused() -> None:
 def test_rates_reach_the_groups_with_layer_decay_only_once_pretrained() -> None:
     network = primus()
     settings = FinetuneSettings(
-        epochs=1, iterations_per_epoch=10, warmup_share=0.0, layer_decay=0.5, lr_encoder=8.0, lr_decoder=1.0, lr_scratch=3.0
+        epochs=1,
+        iterations_per_epoch=10,
+        warmup_share=0.0,
+        layer_decay=0.5,
+        lr_encoder=8.0,
+        lr_decoder=1.0,
+        lr_scratch=3.0,
     )
     optimizer = torch.optim.AdamW(parameter_groups(network, settings), lr=0.0)
-    schedule = IterationSchedule(optimizer.param_groups, settings)
+    schedule = IterationSchedule(optimizer, settings)
     found = by_name(network, optimizer.param_groups)
     schedule.step(0)
     assert {group["lr"] for group in found.values()} == {3.0}

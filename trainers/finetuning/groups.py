@@ -6,6 +6,7 @@ import re
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim import Optimizer
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.trainers.finetuning.schedules import rates
@@ -67,14 +68,15 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
 
 
 class IterationSchedule:
-    """Sets the learning rates of parameter groups iteration by iteration; ``step(epoch)`` is for nnU-Net's call.
+    """Sets the learning rates of an optimiser iteration by iteration; ``step(epoch)`` is for nnU-Net's call.
 
     Attributes:
         pretrained: whether pretrained weights arrived; decides the rates of the whole run.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], settings: FinetuneSettings) -> None:
-        self.groups, self.settings, self.pretrained = groups, settings, False
+    def __init__(self, optimizer: Optimizer, settings: FinetuneSettings) -> None:
+        # not its param_groups: loading a state dict replaces that list
+        self.optimizer, self.settings, self.pretrained = optimizer, settings, False
 
     def step(self, epoch: int) -> None:
         """Rates of the epoch's first iteration."""
@@ -83,7 +85,7 @@ class IterationSchedule:
     def at(self, iteration: int) -> None:
         """Rates of an iteration, counted from 0; groups without one are marked ``frozen``."""
         now = rates(self.settings, iteration, self.pretrained)
-        for group in self.groups:
+        for group in self.optimizer.param_groups:
             rate = now.encoder if group["half"] == "encoder" else now.decoder
             group["frozen"] = rate is None
             group["lr"] = (rate or 0.0) * (group["layer_scale"] if self.pretrained else 1.0)

@@ -92,7 +92,7 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
         else:
             optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, fused=self.device.type == "cuda")
         optimizer.register_step_pre_hook(self._clip_gradients)
-        return optimizer, IterationSchedule(optimizer.param_groups, settings)
+        return optimizer, IterationSchedule(optimizer, settings)
 
     def _clip_gradients(self, optimizer: Optimizer, *_: Any) -> None:
         """nnU-Net's own clipping to 12 came before; frozen parameters must not move by momentum or weight decay."""
