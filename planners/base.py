@@ -17,8 +17,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.paths import folder
 from nnssl_ext.planners.fingerprint import label_free_fingerprint
-from nnssl_ext.planners.memory import Cost, Views, largest_batch, memory_gb, network_cost
+from nnssl_ext.planners.memory import Views, largest_batch, memory_gb, network_cost
 from nnssl_ext.planners.normalization import choose_normalization
+from nnssl_ext.planners.preview import describe
 from nnssl_ext.planners.raw_dataset import require_labels
 from nnssl_ext.planners.sizes import local_crop
 from nnssl_ext.records import Size
@@ -83,10 +84,11 @@ class PretrainingPlanner(ExperimentPlanner):
                     f"case {case} has {len(files['images'])} channel files, dataset.json names {len(self.channel_names)}",
                     "complete the case or correct channel_names in dataset.json",
                 )
+        self.reader = self.determine_reader_writer()
         # labels would bias intensities to what happens to be labelled; pretraining sees whole bodies
         self.dataset_fingerprint = label_free_fingerprint(
             {case: files["images"] for case, files in self.dataset.items()},
-            self.determine_reader_writer(),
+            self.reader,
             self.preprocessed,
             default_num_processes,
         )
@@ -121,6 +123,7 @@ class PretrainingPlanner(ExperimentPlanner):
         shutil.copy(Path(self.raw_dataset_folder) / "dataset.json", self.preprocessed / "dataset.json")
         self.plans = plans
         self.save_plans(plans)
+        print(describe(plans, "3d_fullres", len(self.dataset_json["labels"])))
         return plans
 
     def make_plans(self) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class PretrainingPlanner(ExperimentPlanner):
             .round()
             .astype(int)
             .tolist(),
-            "image_reader_writer": self.determine_reader_writer().__name__,
+            "image_reader_writer": self.reader.__name__,
             "transpose_forward": [int(axis) for axis in forward],
             "transpose_backward": [int(axis) for axis in backward],
             "configurations": {"3d_fullres": configuration},
@@ -160,22 +163,15 @@ class PretrainingPlanner(ExperimentPlanner):
             "foreground_intensity_properties_per_channel": fingerprint["foreground_intensity_properties_per_channel"],
         }
 
-    def costs(self, configuration: dict[str, Any], divisor: Size) -> tuple[Cost, Cost]:
-        """Of the planned network on a global and on a local crop."""
-        patch = [int(edge) for edge in configuration["patch_size"]]
-        classes = len(self.dataset_json["labels"])
-        whole, part = (
-            network_cost(configuration["architecture"], size, len(self.channel_names), classes)
-            for size in (patch, local_crop(patch, divisor))
-        )
-        return whole, part
-
     def nnssl_block(
         self, configuration: dict[str, Any], divisor: Size, token: Size | None, reasons: dict[str, str]
     ) -> dict[str, Any]:
         """The block that pretraining reads (`nnssl_ext.plans`), from a configuration that is complete otherwise."""
         patch = [int(edge) for edge in configuration["patch_size"]]
-        whole, part = self.costs(configuration, divisor)
+        whole, part = (
+            network_cost(configuration["architecture"], size, len(self.channel_names), len(self.dataset_json["labels"]))
+            for size in (patch, local_crop(patch, divisor))
+        )
 
         def estimate(batch: int) -> float:
             return memory_gb(whole, batch, local=part, views=self.views)

@@ -83,7 +83,7 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
             "resampling_fn_probabilities_kwargs": softmax_kwargs,
             "architecture": self.architecture(token, patch),
         }
-        why = "asked for" if self.overrides.patch_size else self._patch_reason(target)
+        why = "asked for" if self.overrides.patch_size else self._patch_reason(patch, median, target)
         reasons = {"token_size": token_reason, "global_crop": why}
         configuration["nnssl"] = self.nnssl_block(configuration, token, token, reasons)
         return configuration
@@ -112,11 +112,13 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
             "_kw_requires_import": [],
         }
 
-    def _patch_reason(self, target: float) -> str:
-        limits = [f"{target:g} GB at batch {self.UNet_min_batch_size}", f"{MOST_TOKENS} tokens"]
+    def _patch_reason(self, patch: Size, median: list[float], target: float) -> str:
+        if all(edge >= length for edge, length in zip(patch, median, strict=True)):
+            return "covers the median case"
+        limits = f"{target:g} GB at batch {self.UNet_min_batch_size} and {MOST_TOKENS} tokens allow"
         if self.most_voxels:
-            limits.append(f"{self.most_voxels} voxels, which a CPU can train on")
-        return f"isotropic in mm, no larger than the median case, {', '.join(limits)}, whichever is least"
+            limits += f", and {self.most_voxels} voxels, which a CPU can train on"
+        return f"isotropic in mm, as large as the median case, {limits}"
 
 
 def _checked_token(token: Size) -> Size:

@@ -17,18 +17,21 @@ def require_labels(raw: Path, dataset_id: int) -> dict[str, Any]:
     Raises:
         NnsslError: image-only, or labels missing for some cases; names the command that mends it.
     """
-    dataset = dict(read_json(raw / "dataset.json"))
-    command = f"nnssl_convert foreground -d {dataset_id}"
+    description = raw / "dataset.json"
+    dataset = dict(read_json(description)) if description.is_file() else {}
     images, missing = _cases_without_label(raw, dataset)
     if not images:
         raise NnsslError(f"{raw.name} has no training images in {raw / 'imagesTr'}", "check imagesTr and file_ending")
     if len(missing) == len(images) or "labels" not in dataset:
-        raise NnsslError(f"{raw.name} is image-only, and nnU-Net reads a label file for every case", f"run: {command}")
+        raise NnsslError(
+            f"{raw.name} is image-only, and nnU-Net reads a label file for every case",
+            f"run: nnssl_convert foreground -d {dataset_id}",
+        )
     if missing:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise NnsslError(
             f"{raw.name}: {len(missing)} of {len(images)} training cases have no label file ({some})",
-            f"add their labels or remove the cases; for label-free foreground masks instead run: {command}",
+            f"add their labels or remove the cases; or remove labelsTr and run: nnssl_convert foreground -d {dataset_id}",
         )
     return dataset
 

@@ -132,8 +132,8 @@ def build(configuration, channels=1):
 
 def test_memory_target_spacing_and_name_are_honoured(nnunet_env):
     write_dataset(nnunet_env, (200, 200, 200), cases=2)
-    small = configuration_of(nnsslPlannerPrimusM(9, gpu_memory_target_in_gb=8).make_plans(), "3d_fullres")
-    large = configuration_of(nnsslPlannerPrimusM(9, gpu_memory_target_in_gb=24).make_plans(), "3d_fullres")
+    small = configuration_of(nnsslPlannerPrimusM(9, gpu_memory_target_in_gb=8.0).make_plans(), "3d_fullres")
+    large = configuration_of(nnsslPlannerPrimusM(9, gpu_memory_target_in_gb=24.0).make_plans(), "3d_fullres")
     assert np.prod(small["patch_size"]) < np.prod(large["patch_size"])
     for found, target in ((small, 8), (large, 24)):
         assert found["nnssl"]["memory_gb"]["estimate"] <= target == found["nnssl"]["memory_gb"]["target"]
@@ -226,7 +226,7 @@ def test_voxels_that_are_not_finite_are_named(tmp_path):
             return np.full((1, 4, 4, 4), np.nan, np.float32), {"spacing": [1, 1, 1]}
 
     (tmp_path / "a_0000.nii.gz").touch()
-    with pytest.raises(NnsslError, match="case a: NaN or infinite voxels in .*a_0000.nii.gz"):
+    with pytest.raises(NnsslError, match=r"case a: NaN or infinite voxels in .*a_0000\.nii\.gz"):
         analyse_case("a", [str(tmp_path / "a_0000.nii.gz")], Reader, 10)
 
 

@@ -1,0 +1,161 @@
+"""``nnssl_plan``: what a planner would plan, in words and as a picture of one batch, before anything is written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnssl_ext.catalogue import load_method, pretraining_methods
+from nnssl_ext.cli._run import run
+from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.nnunet_plugin.registry import registry
+
+if TYPE_CHECKING:
+    from nnssl_ext.planners.base import PretrainingPlanner
+    from nnssl_ext.planners.memory import Views
+
+PLANNERS = "nnunetv2.experiment_planning"
+CONFIGURATION = "3d_fullres"
+MOST_PICTURES = 4
+
+
+def parser() -> argparse.ArgumentParser:
+    """nnU-Net's planning flags, and ours."""
+    p = argparse.ArgumentParser(
+        prog="nnssl_plan",
+        description="Preview a planner's decisions: sizes in voxels and mm, parameters, memory, hours, and why. Writes "
+        "no plans unless asked to (the label-free fingerprint is kept in the preprocessed folder).",
+    )
+    p.add_argument("dataset", help="dataset id or name")
+    p.add_argument("-pl", required=True, help=f"planner: {', '.join(sorted(_planners()))}")
+    p.add_argument("-tr", default="MAETrainer", help=f"method to preview: {', '.join(pretraining_methods())}")
+    p.add_argument("-gpu_memory_target", type=float, help="GB (default: the planner's)")
+    p.add_argument("-overwrite_target_spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="mm")
+    p.add_argument("-overwrite_plans_name", help="name of the plans (default: the planner's)")
+    p.add_argument("--token_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels per token (Primus)")
+    p.add_argument("--patch_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels; also the global crop")
+    p.add_argument("--batch_size", type=int, help="cases per step, in pretraining and in nnU-Net")
+    p.add_argument("--global_views", type=int, default=1, help="global crops per case to plan memory for (default: 1)")
+    p.add_argument("--local_views", type=int, default=0, help="local crops per case to plan memory for (default: 0)")
+    p.add_argument("--teacher", action="store_true", help="plan memory for an EMA teacher too")
+    p.add_argument("--png", type=Path, help="picture of one batch (default: <plans>_crops.png in the current folder)")
+    p.add_argument("--write", action="store_true", help="save the plans, as nnUNetv2_plan_experiment does")
+    return p
+
+
+def main() -> None:
+    """Entry point of ``nnssl_plan``."""
+    run(_main)
+
+
+def _main() -> int:
+    args = parser().parse_args()
+    planner = _planner(args)
+    from nnssl_ext.planners.preview import describe
+
+    classes = len(planner.dataset_json["labels"])
+    if args.write:
+        plans = planner.plan_experiment()
+    else:
+        plans = planner.make_plans()
+        print(describe(plans, CONFIGURATION, classes))
+    print(_hours(plans, classes, planner.views, args.tr))
+    try:
+        png = _draw(plans, args.tr, args.png or Path(f"{plans['plans_name']}_crops.png"))
+        print(f"  crops of one batch, masks outlined: {png}")
+    except NnsslError as error:
+        print(f"  no picture of crops: {error.what}\n    -> {_preprocess(args)}")
+    return 0
+
+
+def _planners() -> dict[str, str]:
+    return {name: where for (module, name), where in registry().items() if module == PLANNERS}
+
+
+def _planner(args: argparse.Namespace) -> PretrainingPlanner:
+    import importlib
+
+    planners = _planners()
+    if args.pl not in planners:
+        raise unknown_name("planner", args.pl, planners)
+    module, name = planners[args.pl].split(":")
+    cls = getattr(importlib.import_module(module), name)
+
+    from nnssl_ext.planners.base import Overrides
+    from nnssl_ext.planners.memory import Views
+
+    planner: PretrainingPlanner = cls(
+        args.dataset,
+        args.gpu_memory_target,
+        plans_name=args.overwrite_plans_name,
+        overwrite_target_spacing=args.overwrite_target_spacing,
+    )
+    planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size)
+    planner.views = Views(args.global_views, args.local_views, args.teacher)
+    return planner
+
+
+def _size(values: list[int] | None) -> tuple[int, int, int] | None:
+    return (values[0], values[1], values[2]) if values else None
+
+
+def _hours(plans: dict[str, Any], classes: int, views: Views, method: str) -> str:
+    """Training time on this machine, from the network's arithmetic and a short measurement."""
+    from nnssl_ext.planners.preview import cost_of
+    from nnssl_ext.planners.speed import device_speed
+    from nnssl_ext.plans import pretrain_plan
+
+    channels = len(plans["configurations"][CONFIGURATION]["normalization_schemes"])
+    plan = pretrain_plan(plans, CONFIGURATION, channels)
+    settings = load_method(method).settings_type.for_plan(plan)
+    steps = settings.epochs * settings.iterations
+    device, speed = device_speed()
+    macs = views.global_views * cost_of(plans, CONFIGURATION, classes).macs
+    macs += views.local_views * cost_of(plans, CONFIGURATION, classes, "local_crop").macs
+    seconds = steps * plan.batch_size * 6 * macs / speed  # two FLOP per MAC; backward costs twice the forward pass
+    return (
+        f"  {'hours':<12} {seconds / 3600:.2g} h for {method}'s {settings.epochs} epochs of {settings.iterations} steps on "
+        f"this machine ({device}, {speed / 1e9:.3g} GFLOP/s)\n  {'':<12}   an estimate for one device with all voxels "
+        f"encoded; masked autoencoders that skip hidden tokens take less"
+    )
+
+
+def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
+    """One batch of the method's views, cut from the preprocessed cases of these plans.
+
+    Raises:
+        NnsslError: nothing preprocessed for these plans yet.
+    """
+    import torch
+
+    from nnssl_ext.data.cases import list_cases
+    from nnssl_ext.data.loader import make_loader
+    from nnssl_ext.networks.build import build_backbone
+    from nnssl_ext.objectives.reconstruction import upsample_mask
+    from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan
+    from nnssl_ext.reports.pictures import draw_planes
+    from nnssl_ext.views.cut import cut_views
+
+    found = configuration_of(plans, CONFIGURATION)
+    plan = pretrain_plan(plans, CONFIGURATION, len(found["normalization_schemes"]))
+    cases = list_cases(preprocessed_folder(plans["dataset_name"]) / found["data_identifier"], plan.spacing)
+    trainer = load_method(method)
+    backbone = build_backbone(plans, CONFIGURATION, plan.channels)
+    policy = trainer(trainer.settings_type.for_plan(plan), backbone, plan).view_policy
+    count = min(MOST_PICTURES, plan.batch_size)
+    (batch,) = make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=count)
+    volumes, masks = {}, {}
+    for number, view in enumerate(cut_views(batch, torch.device("cpu"))):
+        shown = None if view.mask is None else upsample_mask(view.mask, tuple(view.voxels.shape[2:]))
+        for sample, case in enumerate(view.cases):
+            name = f"{case}, view {number + 1}"
+            volumes[name] = view.voxels[sample].numpy()
+            if shown is not None:
+                masks[name] = shown[sample].reshape(view.voxels.shape[2:]).int().numpy()
+    draw_planes(volumes, png, plan.spacing, masks)
+    return png
+
+
+def _preprocess(args: argparse.Namespace) -> str:
+    return f"run: nnUNetv2_plan_and_preprocess -d {args.dataset} -pl {args.pl} -c {CONFIGURATION}"
