@@ -118,6 +118,7 @@ class PretrainPlan:
     channels: int
 
 
+@runtime_checkable
 class Method(Protocol):
     """A self-supervised method: an ``nn.Module`` built as ``Method(settings, backbone, plan)``.
 
@@ -161,6 +162,7 @@ class Method(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
+@runtime_checkable
 class Monitor(Protocol):
     """Watches steps and speaks when asked."""
 
