@@ -42,9 +42,17 @@ def conversion(settings: DemoSettings, source: Path) -> Step:
 def planning(settings: DemoSettings) -> list[Step]:
     """Stock planning and preprocessing, once per backbone; one after the other, because they share the fingerprint."""
     steps = []
-    for backbone in settings.backbones:
+    for number, backbone in enumerate(settings.backbones):
         command = ("nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-pl", PLANNERS[backbone])
-        processes = ("-c", CONFIGURATION, "-npfp", "1", "-np", "2", "--verify_dataset_integrity")
+        processes = (
+            "-c",
+            CONFIGURATION,
+            "-npfp",
+            "1",
+            "-np",
+            "2",
+            *(() if number else ("--verify_dataset_integrity",)),
+        )
         plans = settings.output / "nnUNet_preprocessed" / dataset_folder(settings) / f"{PLANS[backbone]}.json"
         steps.append(Step(f"{backbone}: plan and preprocess", (*command, *processes), (plans,)))
     return steps
