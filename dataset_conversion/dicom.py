@@ -55,19 +55,21 @@ def check_slices(files: tuple[Path, ...]) -> None:
             f"{folder}: mixed series: slices differ in orientation, size or pixel spacing",
             "put each series into its own folder",
         )
-    positions: np.ndarray = np.array([_numbers(header[POSITION]) for header in headers])
+    positions = np.array([_numbers(header[POSITION]) for header in headers])
     along_row, along_column = np.split(orientation[0], 2)
     normal = np.cross(along_row, along_column)
-    heights: np.ndarray = positions @ normal
+    heights = positions @ normal
+    order = np.argsort(heights)
+    same = np.flatnonzero(np.diff(heights[order]) < 1e-3)
+    if same.size:
+        one, other = files[order[same[0]]], files[order[same[0] + 1]]
+        raise NnsslError(
+            f"{folder}: mixed series: {one.name} and {other.name} lie at the same position",
+            "put each series (phase, echo, reconstruction) into its own folder",
+        )
     steps = np.abs(np.diff(heights))
     usual = float(np.median(steps))
     odd = int(np.argmax(np.abs(steps - usual)))
-    if steps.min() < 1e-3:
-        pair = int(np.argmin(steps))
-        raise NnsslError(
-            f"{folder}: mixed series: {files[pair].name} and {files[pair + 1].name} lie at the same position",
-            "put each series (phase, echo, reconstruction) into its own folder",
-        )
     if abs(steps[odd] - usual) > UNEVEN * usual:
         raise NnsslError(
             f"{folder}: missing slices: {steps[odd]:.4g} mm between {files[odd].name} and {files[odd + 1].name}, "
@@ -91,7 +93,9 @@ def _only_series(folder: Path) -> Series:
             f"{folder}: mixed series: {len(identifiers)} DICOM series in one folder",
             "put each series into its own folder",
         )
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifiers[0]) if identifiers else ()
+    files: tuple[str, ...] = ()
+    if identifiers:
+        files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), identifiers[0])
     lost = sorted({path.name for path in seen} - {Path(file).name for file in files})
     if lost:
         raise NnsslError(

@@ -59,12 +59,12 @@ def plan_folder(
     volumes, problems = _volumes(folder, labels, label_suffix, names)
     suffixes = tuple(channel_suffixes) or _numbered_channels([v.name for v in volumes])
     groups, ignored, doubled = _grouped(volumes, suffixes)
-    label_of, doubled_labels = _labels_by_name(labels, names)
+    label_of, doubled_labels = _labels_by_name(labels, label_suffix, names)
     problems += doubled + doubled_labels
     cases, modalities, used = [], [], set()
     for name, found in groups.items():
         lacking = [suffix for suffix in suffixes if suffix not in found]
-        label = label_of.get(name + label_suffix)
+        label = label_of.get(name)
         if lacking:
             problems.append(NnsslError(f"case {name}: no channel {', '.join(lacking)} in {folder}", "add the file"))
         elif labels and not label:
@@ -75,7 +75,7 @@ def plan_folder(
             sources = tuple(volume.source for volume in members)
             cases.append(PlannedCase(identifier_of(name), sources, ImageSource((label,)) if label else None))
             modalities.append(tuple(volume.modality for volume in members))
-            used.add(name + label_suffix)
+            used.add(name)
     if not cases and not problems:
         raise NnsslError(f"no NIfTI, NRRD, MHA or DICOM images in {folder}", "check the path and --channel-suffixes")
     spare = len(set(label_of) - used)
@@ -148,10 +148,13 @@ def _grouped(
     return groups, ignored, problems
 
 
-def _labels_by_name(labels: Path | None, names: str) -> tuple[dict[str, Path], list[NnsslError]]:
+def _labels_by_name(labels: Path | None, suffix: str, names: str) -> tuple[dict[str, Path], list[NnsslError]]:
+    """case name -> label file, and duplicate names."""
     found: dict[str, list[Path]] = {}
     for path in image_files(labels) if labels else ():
-        found.setdefault(_name(path, labels, names), []).append(path)
+        name = _name(path, labels, names)
+        if name.endswith(suffix):
+            found.setdefault(name[: len(name) - len(suffix)], []).append(path)
     problems = [duplicate_name(f"{name} (label)", paths) for name, paths in found.items() if len(paths) > 1]
     return {name: paths[0] for name, paths in found.items() if len(paths) == 1}, problems
 

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 
 from nnssl_ext.data.foreground import foreground_mask
 from nnssl_ext.dataset_conversion.cases import ImageSource, PlannedCase
-from nnssl_ext.dataset_conversion.reading import check_complete, label_values, on_grid_of, read_volume, voxels
+from nnssl_ext.dataset_conversion.reading import check_nifti, label_values, on_grid_of, read_volume, voxels
 from nnssl_ext.dataset_conversion.whole_folder import cannot_write
 from nnssl_ext.errors import NnsslError
 
@@ -88,7 +88,7 @@ def write_image(image: sitk.Image, target: Path) -> None:
     try:
         sitk.WriteImage(image, str(target), True)
         if target.name.endswith((".nii", ".nii.gz")):
-            check_complete(target)
+            check_nifti(target)
         _sync(target)
     except (RuntimeError, OSError, NnsslError) as error:
         raise _fatal(target, error) from error

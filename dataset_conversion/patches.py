@@ -49,7 +49,7 @@ class PatchSettings:
     """
 
     count: int
-    size: tuple[float, float, float]
+    size: tuple[float, float, float] | tuple[int, int, int]
     unit: Literal["voxels", "mm"] = "voxels"
     min_foreground: float = 0.7
     policy: Literal["strict", "best-effort", "skip"] = "best-effort"

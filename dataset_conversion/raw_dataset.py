@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
@@ -104,7 +107,8 @@ def in_parallel(
                 yield index, work(item)
                 bar.update()
             return
-        with ProcessPoolExecutor(min(processes, len(items)), mp_context=get_context("spawn")) as pool:
+        workers = min(processes, len(items))
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
             indices = {pool.submit(work, item): index for index, item in enumerate(items)}
             try:
                 for done in as_completed(indices):
@@ -116,6 +120,14 @@ def in_parallel(
                 ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and do not outlive it if it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def check_all(planned: PlannedDataset, places: Places, processes: int) -> Converted:

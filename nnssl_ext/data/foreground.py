@@ -68,7 +68,11 @@ def _smooth(image: Real[np.ndarray, "Z Y X"], inside: Bool[np.ndarray, "Z Y X"])
     if low == high:
         low, high = float(image[inside].min()), float(image[inside].max())
     span = high - low or 1.0
-    scaled = ((np.clip(np.where(inside, image, low), low, high) - low) / span).astype(np.float32)
+    scaled = image.astype(np.float32)
+    scaled[~inside] = low
+    np.clip(scaled, low, high, out=scaled)
+    scaled -= low
+    scaled /= span
     return ndimage.gaussian_filter(scaled, 1.0)
 
 
