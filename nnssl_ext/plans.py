@@ -34,7 +34,7 @@ def read_plans(dataset: str | int, plans_name: str) -> dict[str, Any]:
     base = preprocessed_folder(dataset)
     path = base / f"{plans_name}.json"
     if not path.is_file():
-        known = [p.stem for p in base.glob("*.json") if p.stem.endswith("Plans") or "Plans__" in p.stem]
+        known = [p.stem for p in base.glob("*.json") if "Plans" in p.stem]
         error = unknown_name(f"plans (in {base})", plans_name, known)
         planner = plans_name.removesuffix("Plans").replace("nnssl", "nnsslPlanner", 1)
         raise NnsslError(

@@ -182,6 +182,19 @@ def test_the_table_accounts_for_every_name_once_and_prints(capsys):
     assert "encoder.stem.convs.0.conv.weight" in capsys.readouterr().out
 
 
+def test_other_normalisation_and_padding_are_noted():
+    plans = plans_of(primus([16] * 3), [16] * 3)
+    source = from_ours(content_of(plans), "source.pth")
+    assert adapt(source, plans, "3d_fullres", DATASET_JSON, "x").notes == ()
+    plans["configurations"]["3d_fullres"] |= {
+        "normalization_schemes": ["CTNormalization"],
+        "median_image_size_in_voxels": [10.0, 10.0, 16.0],
+    }
+    normalisation, padding = adapt(source, plans, "3d_fullres", DATASET_JSON, "x").notes
+    assert "['CTNormalization'], the pretraining did with ['ZScoreNormalization']" in normalisation
+    assert "16x16x16 voxels is mostly padding around the median scan of 10x10x16" in padding
+
+
 def test_cascades_and_2d_are_refused():
     source = from_ours(content_of(plans_of(primus([16] * 3), [16] * 3)), "source.pth")
     plans = plans_of(primus([16] * 3), [16] * 3)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.checkpoints.adaptation_plan import adaptation_plan
+from nnssl_ext.checkpoints.content import assemble
 from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
 from nnssl_ext.checkpoints.nnssl_format import from_nnssl
 from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
-from nnssl_ext.checkpoints.schema import VERSION, kind_of
+from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.checkpoints.transfer import TransferTable, transfer
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
@@ -36,6 +36,7 @@ class Adapted:
         content: the checkpoint for these plans, by `schema`.
         table: what became of every tensor.
         dataset_json: the target's.
+        notes: what deserves a second look, one sentence each.
     """
 
     plans: dict[str, Any]
@@ -43,6 +44,7 @@ class Adapted:
     content: dict[str, Any]
     table: TransferTable
     dataset_json: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_pretrained(path: Path, fix_nnssl_axes: bool = False) -> Pretrained:
@@ -113,8 +115,17 @@ def adapt(
     classes = manager.get_label_manager(dataset_json).num_segmentation_heads
     network = build_network(adapted, configuration, channels, classes)
     table = transfer(source, network, found["architecture"], channels, plans["plans_name"])
-    content = _content(source, adapted, configuration, channels, network, table)
-    return Adapted(adapted, configuration, content, table, dataset_json)
+    origin = {**adapted[MARK], "patch_size": source.patch_size, "input_channels": source.input_channels}
+    content = assemble(
+        network,
+        adapted,
+        configuration,
+        method=source.method,
+        citations=source.citations,
+        not_pretrained=table.keys("new"),
+        about={**source.about, "adapted_from": origin},
+    )
+    return Adapted(adapted, configuration, content, table, dataset_json, _notes(source, found))
 
 
 def write_adapted(adapted: Adapted) -> Path:
@@ -140,31 +151,16 @@ def write_adapted(adapted: Adapted) -> Path:
     return output
 
 
-def _content(
-    source: Pretrained,
-    plans: dict[str, Any],
-    configuration: str,
-    channels: int,
-    network: Any,
-    table: TransferTable,
-) -> dict[str, Any]:
-    return {
-        "network_weights": network.state_dict(),
-        "nnssl_adaptation_plan": adaptation_plan(network, plans, configuration, channels),
-        "citations": source.citations,
-        "nnssl_ext": {
-            "schema": VERSION,
-            "version": version("nnssl-ext"),
-            "method": source.method,
-            "plans": plans,
-            "configuration": configuration,
-            "input_channels": channels,
-            "not_pretrained": table.keys("new"),
-            **source.about,
-            "adapted_from": {
-                **plans[MARK],
-                "patch_size": list(source.patch_size),
-                "input_channels": source.input_channels,
-            },
-        },
-    }
+def _notes(source: Pretrained, configuration: dict[str, Any]) -> tuple[str, ...]:
+    """Where these plans feed the network with something else than pretraining did, or with mostly padding."""
+    notes = []
+    schemes = configuration["normalization_schemes"]
+    if set(schemes) != set(source.normalization_schemes):
+        notes.append(
+            f"the plans normalise with {schemes}, the pretraining did with {list(source.normalization_schemes)}"
+        )
+    patch, median = configuration["patch_size"], configuration.get("median_image_size_in_voxels")
+    if median and math.prod(patch) > 2 * math.prod(median):
+        size, scan = ("x".join(str(round(v)) for v in edges) for edges in (patch, median))
+        notes.append(f"the patch of {size} voxels is mostly padding around the median scan of {scan}; see --patch_size")
+    return tuple(notes)

@@ -52,29 +52,54 @@ def checkpoint_content(
     Raises:
         ValueError: no tensor of the network matches `pretrained_prefixes`.
     """
-    network: Any = backbone.network
+    network = backbone.network
     weights = network.state_dict()
     not_pretrained = keys_outside(weights, pretrained_prefixes)
     if len(not_pretrained) == len(weights):
         raise ValueError(
             f"no weight starts with {tuple(pretrained_prefixes)}; the network has e.g. {list(weights)[:3]}"
         )
+    return assemble(
+        network,
+        plans,
+        configuration,
+        method=method,
+        citations=nnssl_citations(method, citations, configuration_of(plans, configuration)["architecture"]),
+        not_pretrained=not_pretrained,
+        about={"settings": settings, "data": data_summary, "progress": progress},
+    )
+
+
+def assemble(
+    network: Any,
+    plans: dict[str, Any],
+    configuration: str,
+    *,
+    method: str,
+    citations: list[dict[str, Any]],
+    not_pretrained: list[str],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """A checkpoint by `schema` around a network that `plans` build.
+
+    Args:
+        citations: in nnssl's format.
+        about: the entries settings, data, progress and, where there is one, adapted_from.
+    """
     channels = input_channels(network)
     return {
-        "network_weights": weights,
+        "network_weights": network.state_dict(),
         "nnssl_adaptation_plan": adaptation_plan(network, plans, configuration, channels),
-        "citations": nnssl_citations(method, citations, configuration_of(plans, configuration)["architecture"]),
+        "citations": citations,
         "nnssl_ext": {
             "schema": VERSION,
             "version": version("nnssl-ext"),
             "method": method,
-            "settings": json.loads(json.dumps(settings)),
             "plans": json.loads(json.dumps(plans)),
             "configuration": configuration,
             "input_channels": channels,
             "not_pretrained": not_pretrained,
-            "data": data_summary,
-            "progress": progress,
+            **json.loads(json.dumps(about)),
         },
     }
 

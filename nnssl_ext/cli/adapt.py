@@ -78,6 +78,8 @@ def _main() -> int:
     plans = _settings(plans, args.c, rest)
     adapted = adapt(source, plans, args.c, dataset_json, plans_name)
     out.print(adapted.table.as_table())
+    for note in adapted.notes:
+        out.print(f"note: {note}", markup=False)
     output = write_adapted(adapted)
     out.print(*_next_steps(adapted, args.d, output, derived=args.p is None), sep="\n", markup=False)
     return 0
