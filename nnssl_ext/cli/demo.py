@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from nnssl_ext.cli._run import run
+from nnssl_ext.demo.settings import PLANNERS, DemoSettings
 
 
 def main() -> None:
@@ -22,7 +23,6 @@ def _main() -> None:
     from rich.console import Console
 
     from nnssl_ext.demo.main_job import run_demo
-    from nnssl_ext.demo.settings import PLANNERS, DemoSettings
 
     settings = DemoSettings(
         output=args.output.absolute(),
@@ -53,16 +53,32 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-o", dest="output", type=Path, metavar="DIR", default=Path("nnssl_demo_results"), help="(./%(default)s)"
     )
-    p.add_argument("--backbone", choices=("both", "primus", "resenc"), default="both", help="(%(default)s)")
+    p.add_argument("--backbone", choices=("both", *PLANNERS), default="both", help="(%(default)s)")
     p.add_argument("--modality", choices=("mr", "ct"), default="mr", help="of the phantoms (%(default)s)")
     p.add_argument(
-        "--cases", type=_at_least(13), default=40, metavar="N", help="cases used, 8 of them held out (%(default)s)"
+        "--cases",
+        type=_at_least(13),
+        default=DemoSettings.cases,
+        metavar="N",
+        help="cases used, 8 of them held out (%(default)s)",
     )
     p.add_argument(
-        "--labelled", type=_at_least(1), default=3, metavar="N", help="labelled cases to fine-tune on (%(default)s)"
+        "--labelled",
+        type=_at_least(1),
+        default=DemoSettings.labelled,
+        metavar="N",
+        help="labelled cases to fine-tune on (%(default)s)",
     )
-    p.add_argument("--pretrain-steps", type=_at_least(10), default=200, metavar="N", help="(%(default)s)")
-    p.add_argument("--finetune-steps", type=_at_least(10), default=60, metavar="N", help="of each arm (%(default)s)")
+    p.add_argument(
+        "--pretrain-steps", type=_at_least(10), default=DemoSettings.pretrain_steps, metavar="N", help="(%(default)s)"
+    )
+    p.add_argument(
+        "--finetune-steps",
+        type=_at_least(10),
+        default=DemoSettings.finetune_steps,
+        metavar="N",
+        help="of each arm (%(default)s)",
+    )
     p.add_argument(
         "--jobs", type=_at_least(1), default=min(2, os.cpu_count() or 1), help="backbones at a time (%(default)s)"
     )

@@ -44,15 +44,8 @@ def planning(settings: DemoSettings) -> list[Step]:
     steps = []
     for number, backbone in enumerate(settings.backbones):
         command = ("nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-pl", PLANNERS[backbone])
-        processes = (
-            "-c",
-            CONFIGURATION,
-            "-npfp",
-            "1",
-            "-np",
-            "2",
-            *(() if number else ("--verify_dataset_integrity",)),
-        )
+        verify = () if number else ("--verify_dataset_integrity",)
+        processes = ("-c", CONFIGURATION, "-npfp", "1", "-np", "2", *verify)
         plans = settings.output / "nnUNet_preprocessed" / dataset_folder(settings) / f"{PLANS[backbone]}.json"
         steps.append(Step(f"{backbone}: plan and preprocess", (*command, *processes), (plans,)))
     return steps

@@ -38,8 +38,8 @@ class DemoSettings:
     cases: int = 40
     held_out: int = 8
     labelled: int = 3
-    pretrain_steps: int = 200
-    finetune_steps: int = 60
+    pretrain_steps: int = 150
+    finetune_steps: int = 50
     device: str = "cpu"
     side_by_side: int = 2
 
