@@ -172,8 +172,7 @@ class SegmentationPrimus(AbstractDynamicNetworkArchitectures):
         return as_size([s // t for s, t in zip(size, self.token_size, strict=True)])
 
     def embed(self, x: Float[Tensor, "B C Z Y X"]) -> Float[Tensor, "B L E"]:
-        """Tokens in C order of the grid, without positions."""
-        self.token_grid(x.shape[2:])
+        """Tokens in C order of the grid, without positions. The token must divide the input, see `token_grid`."""
         return rearrange(self.down_projection(x), "b e z y x -> b (z y x) e")
 
     def positions(self, grid: Size) -> Float[Tensor, "1 L E"]:
