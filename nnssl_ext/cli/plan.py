@@ -125,7 +125,7 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
     """One batch of the method's views, cut from the preprocessed cases of these plans.
 
     Raises:
-        NnsslError: nothing preprocessed for these plans yet.
+        NnsslError: nothing preprocessed for these plans yet, or differently.
     """
     import torch
 
@@ -133,11 +133,14 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
     from nnssl_ext.data.loader import make_loader
     from nnssl_ext.networks.build import build_backbone
     from nnssl_ext.objectives.reconstruction import upsample_mask
-    from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan
+    from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan, read_plans
     from nnssl_ext.reports.pictures import draw_planes
     from nnssl_ext.views.cut import cut_views
 
     found = configuration_of(plans, CONFIGURATION)
+    saved = configuration_of(read_plans(plans["dataset_name"], plans["plans_name"]), CONFIGURATION)
+    if any(saved[name] != found[name] for name in ("spacing", "normalization_schemes")):
+        raise NnsslError(f"the data of {plans['plans_name']} were preprocessed with another spacing or normalisation")
     plan = pretrain_plan(plans, CONFIGURATION, len(found["normalization_schemes"]))
     cases = list_cases(preprocessed_folder(plans["dataset_name"]) / found["data_identifier"], plan.spacing)
     trainer = load_method(method)
@@ -147,12 +150,13 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
     (batch,) = make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=count)
     volumes, masks = {}, {}
     for number, view in enumerate(cut_views(batch, torch.device("cpu"))):
-        shown = None if view.mask is None else upsample_mask(view.mask, tuple(view.voxels.shape[2:]))
+        z, y, x = view.voxels.shape[2:]
+        shown = None if view.mask is None else upsample_mask(view.mask, (z, y, x))[:, 0].int().numpy()
         for sample, case in enumerate(view.cases):
             name = f"{case}, view {number + 1}"
             volumes[name] = view.voxels[sample].numpy()
             if shown is not None:
-                masks[name] = shown[sample].reshape(view.voxels.shape[2:]).int().numpy()
+                masks[name] = shown[sample]
     draw_planes(volumes, png, plan.spacing, masks)
     return png
 
