@@ -58,7 +58,7 @@ def _padding(image: Real[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
     lowest = image == image.min()
     if lowest.mean() < PADDING_SHARE:
         return np.zeros(image.shape, dtype=bool)
-    padding = lowest & ~ndimage.binary_fill_holes(~lowest)
+    padding = lowest & ~_filled(~lowest, (0, 1, 2))
     return padding if padding.mean() >= PADDING_SHARE else np.zeros(image.shape, dtype=bool)
 
 
@@ -107,9 +107,19 @@ def _tidy(mask: Bool[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
         return mask
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    tidy = np.isin(labels, np.flatnonzero(sizes >= COMPONENT_SHARE * sizes.max()))
+    tidy = (sizes >= COMPONENT_SHARE * sizes.max())[labels]
     for axis in range(3):
-        slices = np.moveaxis(tidy, axis, 0)
-        for plane in slices:
-            plane[...] = ndimage.binary_fill_holes(plane)
-    return ndimage.binary_fill_holes(tidy)
+        tidy = _filled(tidy, tuple({0, 1, 2} - {axis}))
+    return tidy
+
+
+def _filled(mask: Bool[np.ndarray, "Z Y X"], axes: tuple[int, ...]) -> Bool[np.ndarray, "Z Y X"]:
+    """The mask and all that it encloses: background that reaches no end of the volume by steps along `axes`."""
+    steps = ndimage.generate_binary_structure(3, 1)
+    for axis in {0, 1, 2} - set(axes):
+        np.moveaxis(steps, axis, 0)[[0, 2]] = False
+    labels, count = ndimage.label(~mask, steps)
+    enclosed = np.ones(count + 1, dtype=bool)
+    for axis in axes:
+        enclosed[np.unique(labels.take([0, -1], axis))] = False
+    return mask | enclosed[labels]
