@@ -98,7 +98,7 @@ class TestDice:
 
 def test_arms_differ_in_the_pretrained_weights_alone(tmp_path):
     steps = {step.name: step for step in learning(DemoSettings(tmp_path), "resenc", [1, 2])}
-    pretrained, scratch = (list(steps[f"resenc: train, {arm}"].command) for arm in ("pretrained", "scratch"))
+    pretrained, scratch = (list(steps[f"resenc: train {arm}"].command) for arm in ("pretrained", "scratch"))
     flag = pretrained.index("-pretrained_weights")
     assert pretrained[:flag] + pretrained[flag + 2 :] == scratch
     assert pretrained[0] == "nnUNetv2_train" and pretrained[flag + 1].endswith("checkpoint_final.pth")

@@ -91,9 +91,9 @@ def _arm(settings: DemoSettings, backbone: str, arm: str, weights: tuple[str, ..
         *("-l", *map(str, labels), "-np", "1"),
     )
     return [
-        Step(f"{backbone}: train, {arm}", train, (fold_folder(settings, backbone, arm),), own),
-        Step(f"{backbone}: predict, {arm}", predict, (predictions,), own),
-        Step(f"{backbone}: evaluate, {arm}", evaluate, (predictions / "summary.json",)),
+        Step(f"{backbone}: train {arm}", train, (fold_folder(settings, backbone, arm),), own),
+        Step(f"{backbone}: predict {arm}", predict, (predictions,), own),
+        Step(f"{backbone}: evaluate {arm}", evaluate, (predictions / "summary.json",)),
     ]
 
 

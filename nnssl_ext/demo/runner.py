@@ -73,6 +73,7 @@ class Runner:
             TextColumn("{task.description}", markup=False),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
 
     @property
