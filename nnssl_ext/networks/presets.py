@@ -51,7 +51,7 @@ class ResEncPreset:
 
 
 PRIMUS_PRESETS = {
-    # two patches of 40x56x40 voxels (1,400 tokens each), forward and backward: 0.5 CPU-seconds (measured)
+    # two patches of 40x56x40 voxels (1,400 tokens each), forward and backward: 0.8 CPU-seconds on a busy core (measured)
     "PrimusTiny": PrimusPreset(embed_dim=144, depth=4, num_heads=3, token_size=4, drop_path_rate=0.0),
     "PrimusS": PrimusPreset(embed_dim=396, depth=12, num_heads=6),
     "PrimusB": PrimusPreset(embed_dim=792, depth=12, num_heads=12),
