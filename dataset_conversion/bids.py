@@ -11,6 +11,7 @@ from nnssl_ext.dataset_conversion.cases import (
     ImageSource,
     PlannedCase,
     PlannedDataset,
+    identifier_of,
     image_ending,
     stem,
 )
@@ -55,7 +56,7 @@ def plan_bids(
     kinds = sorted({DATATYPES[path.parent.name] for path in paths})
     if len(kinds) > 1 and not channels:
         raise NnsslError(f"{root} mixes modalities: {' and '.join(kinds)}", "convert them one by one with --suffixes")
-    cases = tuple(PlannedCase(stem(path), (ImageSource((path,)),)) for path in paths)
+    cases = tuple(PlannedCase(identifier_of(stem(path)), (ImageSource((path,)),)) for path in paths)
     return PlannedDataset(_named(channels, kinds), cases, FOREGROUND_LABELS)
 
 
@@ -73,7 +74,9 @@ def _together(
     for session, images in sorted(sessions.items()):
         amount = {suffix: len(images.get(suffix, [])) for suffix in suffixes}
         if set(amount.values()) == {1}:
-            cases.append(PlannedCase(session, tuple(ImageSource((images[suffix][0],)) for suffix in suffixes)))
+            cases.append(
+                PlannedCase(identifier_of(session), tuple(ImageSource((images[suffix][0],)) for suffix in suffixes))
+            )
         else:
             told = ", ".join(f"{count} {suffix}" for suffix, count in amount.items())
             problems.append(

@@ -6,12 +6,19 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nnssl_ext.errors import NnsslError
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
 MR = "MRI"  # any channel name but CT gets z-scores in stock nnU-Net; "CT" is matched exactly
 CHANNEL_OF_MODALITY = {"ct": "CT", "mr": MR, "mri": MR, "pt": "PET", "pet": "PET"}
+
+
+Labels = dict[str, int | list[int]]
+"""Label name -> value, or the values that make up a region, as in nnU-Net's dataset.json."""
+
+FOREGROUND_LABELS: Labels = {"background": 0, "foreground": 1}
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,11 @@ class PlannedDataset:
 
     channel_names: tuple[str, ...]
     cases: tuple[PlannedCase, ...]
-    labels: dict[str, int] | None
+    labels: Labels | None
     problems: tuple[NnsslError, ...] = ()
     notes: tuple[str, ...] = ()
-    description: dict[str, str] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
     companions: Callable[[Sequence[str]], dict[str, object]] | None = None
-
-
-FOREGROUND_LABELS = {"background": 0, "foreground": 1}
 
 
 def image_ending(path: Path) -> str | None:

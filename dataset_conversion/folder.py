@@ -11,6 +11,7 @@ from nnssl_ext.dataset_conversion.cases import (
     CHANNEL_OF_MODALITY,
     FOREGROUND_LABELS,
     ImageSource,
+    Labels,
     PlannedCase,
     PlannedDataset,
     duplicate_name,
@@ -50,7 +51,8 @@ def plan_folder(
             ``_0000``, ``_0001``, ... if all names end like this.
         labels: folder with one label per case, named as the case; None: unlabelled.
         label_suffix: what label names have after the case's name, e.g. ``_seg``.
-        label_names: names of the label values 0, 1, 2, ...; by default background, label_1, ...
+        label_names: names of the label values 0, 1, 2, ... (nnU-Net wants the first to be background); by default
+            background, label_1, ...
         names: "file" names cases by file (or series folder), "path" by all folders below `folder` too.
 
     Raises:
@@ -182,7 +184,7 @@ def _channel_names(
     return only
 
 
-def _label_values(labels: Path | None, names: Sequence[str]) -> dict[str, int] | None:
+def _label_values(labels: Path | None, names: Sequence[str]) -> Labels | None:
     if labels is None:
         return FOREGROUND_LABELS
-    return {name: value for value, name in enumerate(names)} or None
+    return {name if value else "background": value for value, name in enumerate(names)} or None

@@ -7,6 +7,7 @@ from pathlib import Path
 from nnssl_ext.dataset_conversion.cases import (
     CHANNEL_OF_MODALITY,
     ImageSource,
+    Labels,
     PlannedCase,
     PlannedDataset,
     identifier_of,
@@ -40,7 +41,7 @@ def plan_msd(folder: Path, channels: tuple[str, ...] | None = None) -> tuple[str
             "give the task folder (Task04_Hippocampus, ...), or use nnssl_convert folder",
         )
     names = channels or tuple(_channel(content["modality"][k]) for k in sorted(content["modality"], key=int))
-    labels = {name: int(value) for value, name in content["labels"].items()}
+    labels: Labels = {name if int(value) else "background": int(value) for value, name in content["labels"].items()}
     cases, problems, absent = [], [], []
     for entry in content["training"]:
         image, label = folder / entry["image"], folder / entry["label"]

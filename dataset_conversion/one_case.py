@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnssl_ext.data.foreground import foreground_mask
-from nnssl_ext.dataset_conversion.cases import ImageSource, PlannedCase
+from nnssl_ext.dataset_conversion.cases import ImageSource, Labels, PlannedCase
 from nnssl_ext.dataset_conversion.reading import check_nifti, label_values, on_grid_of, read_volume, voxels
 from nnssl_ext.dataset_conversion.whole_folder import cannot_write
 from nnssl_ext.errors import NnsslError
@@ -60,7 +60,7 @@ class Places:
     ending: str = ENDING
 
 
-def checked(case: PlannedCase, labels: dict[str, int] | None, places: Places) -> CheckedCase:
+def checked(case: PlannedCase, labels: Labels | None, places: Places) -> CheckedCase:
     """Read, check and write one case; what is wrong with it comes back as its problem, and nothing stays written.
 
     Raises:
@@ -95,7 +95,7 @@ def write_image(image: sitk.Image, target: Path) -> None:
 
 
 def _converted(
-    case: PlannedCase, labels: dict[str, int] | None, images: Sequence[Path | None], target: Path | None
+    case: PlannedCase, labels: Labels | None, images: Sequence[Path | None], target: Path | None
 ) -> CheckedCase:
     opened: dict[tuple[Path, ...], sitk.Image] = {}
     first = read_volume(case.channels[0], opened)
@@ -152,7 +152,7 @@ def _put_foreground(
     return tuple(np.unique(mask).astype(int).tolist()), float(mask.mean())
 
 
-def _check_values(values: tuple[int, ...], labels: dict[str, int] | None, path: Path) -> None:
+def _check_values(values: tuple[int, ...], labels: Labels | None, path: Path) -> None:
     if labels is None:
         if values[0] < 0 or values[-1] > MOST_LABELS:
             raise NnsslError(
@@ -160,7 +160,8 @@ def _check_values(values: tuple[int, ...], labels: dict[str, int] | None, path: 
                 "give the label, not the image; number labels 0, 1, 2, ...",
             )
         return
-    unknown = sorted(set(values) - set(labels.values()))
+    known_values = {v for value in labels.values() for v in (value if isinstance(value, list) else [value])}
+    unknown = sorted(set(values) - known_values)
     if unknown:
         known = ", ".join(f"{value} {name}" for name, value in labels.items())
         raise NnsslError(

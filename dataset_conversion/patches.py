@@ -162,6 +162,7 @@ def plan_patches(
         labels=dict(description["labels"]),
         problems=tuple(problems),
         notes=tuple(notes),
+        description={k: description[k] for k in ("regions_class_order", "licence") if k in description},
         companions=partial(_companions, settings=settings, source=dataset.name, entries=entries),
     )
 
@@ -189,7 +190,7 @@ def _cut(case: PlannedCase, settings: PatchSettings, masks_are_labels: bool) -> 
     try:
         image = read_volume(case.channels[0])
         if masks_are_labels and case.label is not None:
-            mask = sitk.GetArrayViewFromImage(read_volume(case.label)) > 0
+            mask = sitk.GetArrayFromImage(read_volume(case.label)) > 0
         else:
             mask = foreground_mask(voxels(image, case.channels[0].path))
         spacing = image.GetSpacing()[::-1] if settings.unit == "mm" else (1.0, 1.0, 1.0)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from nnssl_ext.dataset_conversion.cases import PlannedCase, PlannedDataset, duplicate_name
+from nnssl_ext.dataset_conversion.cases import Labels, PlannedCase, PlannedDataset, duplicate_name
 from nnssl_ext.dataset_conversion.one_case import ENDING, CheckedCase, Places, checked
 from nnssl_ext.dataset_conversion.whole_folder import whole_folder
 from nnssl_ext.errors import NnsslError
@@ -33,7 +33,7 @@ class Converted:
 
     cases: tuple[CheckedCase, ...]
     problems: tuple[NnsslError, ...]
-    labels: dict[str, int]
+    labels: Labels
 
 
 def convert(
@@ -80,7 +80,7 @@ def told_together(problems: Sequence[NnsslError]) -> NnsslError:
     )
 
 
-def dataset_json(planned: PlannedDataset, labels: dict[str, int], target: Path, cases: int) -> dict[str, object]:
+def dataset_json(planned: PlannedDataset, labels: Labels, target: Path, cases: int) -> dict[str, object]:
     """The content of nnU-Net's dataset.json."""
     return {
         "name": target.name.partition("_")[2],
@@ -153,9 +153,9 @@ def _duplicates(cases: Sequence[PlannedCase]) -> list[NnsslError]:
     return [duplicate_name(name, paths) for name, paths in places.items() if len(paths) > 1]
 
 
-def _labels(planned: PlannedDataset, cases: Sequence[CheckedCase]) -> dict[str, int]:
+def _labels(planned: PlannedDataset, cases: Sequence[CheckedCase]) -> Labels:
     """nnU-Net wants consecutive values, so unnamed labels are named up to the highest that occurs."""
     if planned.labels is not None:
         return planned.labels
     highest = max((value for case in cases for value in case.values), default=0)
-    return {"background": 0} | {f"label_{value}": value for value in range(1, max(1, highest) + 1)}
+    return {"background": 0, **{f"label_{value}": value for value in range(1, max(1, highest) + 1)}}

@@ -60,7 +60,7 @@ def read_volume(source: ImageSource, opened: dict[tuple[Path, ...], sitk.Image] 
 
 
 def voxels(image: sitk.Image, path: Path) -> np.ndarray:
-    """``(Z, Y, X)`` voxels of an image with something in it.
+    """``(Z, Y, X)`` voxels of an image with something in it: a view, so keep the image alive while it is used.
 
     Raises:
         NnsslError: NaN or infinite voxels, or all voxels equal.

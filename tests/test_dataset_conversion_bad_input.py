@@ -132,7 +132,7 @@ CASES = {
     "label direction": Bad("_other_direction", "affine differs", "correct its header", True),
     "label fractions": Bad("_fractions", "labels are not integers (e.g. 0.5)", "nearest neighbours", True),
     "label unknown": Bad(
-        "_unknown_value", "unknown label values [4, 8]; known: 0 air, 1 one, 2 two", "name the values", True
+        "_unknown_value", "unknown label values [4, 8]; known: 0 background, 1 one, 2 two", "name the values", True
     ),
     "label truncated": Bad(
         "_truncated_gz", "unreadable: no NIfTI file, or cut off in its header", "copy, download", True

@@ -171,6 +171,15 @@ def test_foreground_masks_in_the_dataset_are_used(dataset):
     assert {case.channels[0].crop.lower for case in planned.cases} == {(2, 3, 4)}
 
 
+def test_regions_stay_regions(dataset, tmp_path):
+    description = json.loads((dataset / "dataset.json").read_text())
+    description |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    (dataset / "dataset.json").write_text(json.dumps(description))
+    convert(plan_patches(dataset, PatchSettings(1, (6, 6, 6)), limit=2), tmp_path / "Dataset002_Patches")
+    written = json.loads((tmp_path / "Dataset002_Patches" / "dataset.json").read_text())
+    assert written["labels"] == description["labels"] and written["regions_class_order"] == [1, 2]
+
+
 def test_strict_names_the_case_and_what_to_lower(dataset, tmp_path):
     planned = plan_patches(dataset, PatchSettings(2, (20, 20, 20), policy="strict", attempts=3), limit=1)
     with pytest.raises(NnsslError) as caught:

@@ -75,6 +75,10 @@ def test_cut_down_decathlon_is_noted_and_half_a_case_is_a_problem(tmp_path):
     (task / "labelsTr" / "b.nii.gz").unlink()
     with pytest.raises(NnsslError, match=r"case b: .*labelsTr/b.nii.gz: no such file"):
         converted(plan_msd(task)[1], tmp_path)
+    content = json.loads((task / "dataset.json").read_text())
+    content["labels"]["0"] = "Background"  # nnU-Net insists on the word
+    (task / "dataset.json").write_text(json.dumps(content))
+    assert plan_msd(task)[1].labels == {"background": 0, "one": 1, "two": 2}
     (task / "dataset.json").write_text('{"labels": {}}')
     with pytest.raises(NnsslError, match="has no modality, training"):
         plan_msd(task)

@@ -122,7 +122,7 @@ def _convert(a: argparse.Namespace, name: str, planned: PlannedDataset) -> None:
     from nnssl_ext.dataset_conversion.dataset_ids import new_dataset
     from nnssl_ext.dataset_conversion.raw_dataset import convert
 
-    target = new_dataset(int(a.dataset), name)
+    target = new_dataset(a.dataset, name)
     planned = replace(planned, cases=planned.cases[: a.limit])
     for note in planned.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -205,7 +205,12 @@ def _parser() -> argparse.ArgumentParser:
         if path:
             sub.add_argument("path", type=Path, help=path)
         sub.add_argument(
-            "-d", dest="dataset", required=True, metavar="ID", help="dataset id" if id_only else "id of the new dataset"
+            "-d",
+            dest="dataset",
+            required=True,
+            type=str if id_only else int,
+            metavar="ID",
+            help="id or name of the dataset" if id_only else "id of the new dataset",
         )
         if not id_only:
             sub.add_argument(
@@ -255,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub = source("foreground", _foreground, "add foreground masks to an image-only raw dataset, in place", id_only=True)
     sub = source("patches", _patches, "cut crops that hold foreground out of a raw dataset", id_only=True)
-    sub.add_argument("-o", dest="output", required=True, metavar="ID", help="id of the new dataset")
+    sub.add_argument("-o", dest="output", required=True, type=int, metavar="ID", help="id of the new dataset")
     sub.add_argument("--name", help="name of the new dataset (by default the source's + Patches)")
     sub.add_argument("--count", type=_positive, default=4, metavar="N", help="crops per case (4)")
     size = sub.add_mutually_exclusive_group(required=True)
