@@ -17,7 +17,8 @@ PRETRAINING = "nnssl_ext.trainers.pretraining"
 def pretraining_methods() -> dict[str, str]:
     """Method name (the class, as ``-tr`` takes it) -> module, one per file of ``trainers/pretraining/``."""
     found = {}
-    for source in sorted((Path(__file__).parent / "trainers" / "pretraining").glob("[!_]*.py")):
+    (folder,) = importlib.import_module(PRETRAINING).__path__
+    for source in sorted(Path(folder).glob("[!_]*.py")):
         for node in ast.parse(source.read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Trainer"):
                 found[node.name] = f"{PRETRAINING}.{source.stem}"

@@ -47,6 +47,7 @@ class Backbone(Protocol):
         network: the segmentation network; its ``state_dict()`` is what checkpoints hold.
         channels: channels per encoder level, finest first.
         strides: cumulative input voxels per feature voxel along z, y, x, per encoder level, finest first.
+        decoder_channels: channels per map of `forward_decoder`, finest first.
         token_size: voxels per token for token backbones, else None.
         divisor: every input size must be a multiple of this.
         encoder_prefixes, decoder_prefixes: parameter-name prefixes in ``network`` of the two halves (the final
@@ -56,10 +57,13 @@ class Backbone(Protocol):
     network: nn.Module
     channels: tuple[int, ...]
     strides: tuple[Size, ...]
-    token_size: Size | None
+    decoder_channels: tuple[int, ...]
     divisor: Size
     encoder_prefixes: tuple[str, ...]
     decoder_prefixes: tuple[str, ...]
+
+    @property
+    def token_size(self) -> Size | None: ...
 
     def forward_features(self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"] | None = None) -> Features:
         """Encoder features. A mask hides its cells from the encoder: token backbones replace masked tokens by a
@@ -73,9 +77,19 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class TokenBackbone(Backbone, Protocol):
-    """A backbone made of tokens, which can encode a subset of them. Token order is C order of the token grid."""
+    """A backbone made of tokens, which can encode a subset of them. Token order is C order of the token grid.
+
+    Attributes:
+        embed_dim, num_heads: width and attention heads of the encoder.
+        mask_token: what `forward_features` puts in the place of masked tokens; not exported.
+    """
 
     embed_dim: int
+    num_heads: int
+    mask_token: nn.Parameter
+
+    @property
+    def token_size(self) -> Size: ...
 
     def forward_visible(
         self, x: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]

@@ -47,8 +47,8 @@ def weights_of(job: Job, name: str = "checkpoint_final.pth") -> dict[str, torch.
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:
     assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 class Killed(Exception):
@@ -95,8 +95,8 @@ def test_weights_move_and_checkpoints_hold_what_was_trained(dataset):
     moved = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
     assert any(name.startswith("eva.blocks") for name in moved)
     assert set(content["nnssl_ext"]["not_pretrained"]).isdisjoint(moved)
-    assert "training_state" not in content
-    assert "training_state" in load_checkpoint(job.output / "checkpoint_latest.pth")
+    assert "resume" not in content
+    assert "resume" in load_checkpoint(job.output / "checkpoint_latest.pth")
 
 
 def test_a_run_is_not_overwritten_and_changed_settings_are_named(dataset):

@@ -160,5 +160,5 @@ def test_default_block_fits_small_and_anisotropic_crops():
 def test_what_cannot_work_is_refused_by_name():
     with pytest.raises(NnsslError, match="SimMIM needs tokens"):
         method_of("ResEncTiny", variant="simmim")
-    with pytest.raises(NnsslError, match="mask_ratio 1.2"):
+    with pytest.raises(NnsslError, match=r"mask_ratio 1\.2"):
         MAESettings(mask_ratio=1.2)

@@ -114,8 +114,6 @@ def write_dataset(preprocessed: Path, cases: int = 6) -> Path:
         (base / f"nnssl{preset}Plans.json").write_text(json.dumps(plans_of(preset)))
     labels = {"background": 0, "bright": 1}
     (base / "dataset.json").write_text(
-        json.dumps(
-            {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"}
-        )
+        json.dumps({"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"})
     )
     return base

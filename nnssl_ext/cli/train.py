@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from nnssl_ext.catalogue import load_method, pretraining_methods
 from nnssl_ext.cli._run import run
@@ -15,6 +15,8 @@ from nnssl_ext.files import read_json
 
 if TYPE_CHECKING:
     from nnssl_ext.engine.job import Job
+
+Device = Literal["cuda", "cpu", "mps"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +85,7 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
     dataset = dataset_name(args.dataset)
     plans, plan = plan_of(dataset, args.p, args.configuration)
     settings = _settings(method.settings_type.for_plan(plan), rest, args.tr)
-    device = args.device or _default_device()
+    device: Device = args.device or _default_device()
     only = _case_names(args.cases) if args.cases else None
     return Job(
         method=args.tr,
@@ -126,7 +128,7 @@ def _case_names(path: Path) -> list[str]:
         raise NnsslError(f"--cases {path}: {error}", "give a JSON list or a text file with one case a line") from error
 
 
-def _default_device() -> str:
+def _default_device() -> Device:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

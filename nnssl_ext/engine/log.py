@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
 from nnssl_ext.reports.curves import draw_progress
 
-Row = dict[str, float]
+Row = Mapping[str, float | int]
 
 
 class TrainingLog:

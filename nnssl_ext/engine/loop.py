@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -43,16 +43,25 @@ class Watch:
 
 
 def build_method(job: Job) -> Any:
-    """The method of a job with its backbone, initialised by the job's seed."""
+    """The method of a job with its backbone, initialised by the job's seed.
+
+    Parts of the network that the method does not train are frozen: data-parallel training waits for a gradient of every
+    parameter that may have one.
+    """
     torch.manual_seed(job.run.seed)
     backbone = build_backbone(job.plans, job.plan.configuration, job.plan.channels)
-    return load_method(job.method)(job.settings, backbone, job.plan)
+    method = load_method(job.method)(job.settings, backbone, job.plan)
+    for name, parameter in backbone.network.named_parameters():
+        parameter.requires_grad_(name.startswith(method.pretrained_prefixes))
+    return method
 
 
 def assemble(fabric: Fabric, job: Job) -> Parts:
     """The method, its optimiser and their wrapping for this process."""
     method: nn.Module = build_method(job).to(fabric.device)
-    graph = StepGraph(torch.compile(method) if job.run.compile else method, autocast=job.run.precision == "bf16")
+    if job.run.compile:
+        method.compile()
+    graph = StepGraph(method, autocast=job.run.precision == "bf16")
     wrapped, optimizer = fabric.setup(graph, build_optimizer(method, job.settings.optim))
     return Parts(fabric, job, method, wrapped, optimizer)
 
@@ -154,7 +163,7 @@ def close_epoch(
     epoch = state.step // job.settings.iterations - 1
     state.sums = {}
     watch.faults.forget()
-    row: dict[str, float] = {"epoch": epoch, "step": state.step, **figures}
+    row: dict[str, float | int] = {"epoch": epoch, "step": state.step, **figures}
     row["lr"] = learning_rate(state.step - 1, job.total_steps, job.settings.optim)
     row["skipped"] = state.skipped
     for monitor in watch.monitors:
@@ -216,9 +225,8 @@ def _add(sums: dict[str, Tensor], steps: list[Step]) -> None:
 def _means(fabric: Fabric, sums: dict[str, float]) -> dict[str, float]:
     """Means over steps and processes."""
     count = max(sums.get(SUMMED, 0.0), 1.0)
-    means = {name: torch.tensor(value / count) for name, value in sums.items() if name != SUMMED}
-    reduced: dict[str, Tensor] = {n: fabric.all_reduce(v.to(fabric.device), reduce_op="mean") for n, v in means.items()}
-    return {name: float(value) for name, value in reduced.items()}
+    means = {n: torch.tensor(value / count, device=fabric.device) for n, value in sums.items() if n != SUMMED}
+    return {name: float(cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))) for name, value in means.items()}
 
 
 def _agreed(fabric: Fabric, stop: StopRequest) -> bool:

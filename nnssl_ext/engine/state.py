@@ -72,7 +72,7 @@ def export(job: Job, method: Method, state: TrainState) -> dict[str, Any]:
 def save_latest(path: Path, job: Job, method: nn.Module, optimizer: Optimizer, state: TrainState) -> None:
     """Write the resumable checkpoint: what users get, plus the whole method, optimiser and state."""
     content = export(job, method, state)  # type: ignore[arg-type]
-    content["training_state"] = {
+    content["resume"] = {
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),
         "state": asdict(state),
@@ -87,11 +87,11 @@ def load_latest(path: Path, method: nn.Module, optimizer: Optimizer) -> TrainSta
         NnsslError: the file is damaged, or is not a resumable checkpoint of this method.
     """
     content = load_checkpoint(path)
-    if "training_state" not in content:
+    if "resume" not in content:
         raise NnsslError(f"{path} cannot be continued: it holds no optimiser state", "start a new run")
     try:
-        method.load_state_dict(content["training_state"]["method"])
-        optimizer.load_state_dict(content["training_state"]["optimizer"])
+        method.load_state_dict(content["resume"]["method"])
+        optimizer.load_state_dict(content["resume"]["optimizer"])
     except (RuntimeError, ValueError) as error:
         raise NnsslError(f"{path} does not fit this method and network: {error}", "start a new run") from error
-    return TrainState(**content["training_state"]["state"])
+    return TrainState(**content["resume"]["state"])

@@ -25,9 +25,11 @@ class PrimusBackbone(nn.Module):
         super().__init__()
         self.network = network
         self.embed_dim = network.embed_dim
+        self.num_heads = network.embed_dim // network.head_dim
         self.channels: tuple[int, ...] = (network.embed_dim,)
-        self.token_size: Size | None = network.token_size
+        self.token_size: Size = network.token_size
         self.strides: tuple[Size, ...] = (network.token_size,)
+        self.decoder_channels: tuple[int, ...] = tuple(cast(list[int], network.decoder.widths)[::-1])
         self.divisor: Size = network.token_size
         self.encoder_prefixes: tuple[str, ...] = ("down_projection.", "eva.", "class_token", "register_tokens")
         self.decoder_prefixes: tuple[str, ...] = ("decoder.stages.",)

@@ -27,6 +27,7 @@ class ResEncBackbone(nn.Module):
             raise NnsslError("the network of these plans is 2D", "pretrain a 3D configuration, e.g. 3d_fullres")
         self.channels: tuple[int, ...] = tuple(encoder.output_channels)
         self.strides = cast(tuple[Size, ...], tuple(map(tuple, np.cumprod(per_stage, axis=0).tolist())))
+        self.decoder_channels: tuple[int, ...] = tuple(layer.in_channels for layer in network.decoder.seg_layers)[::-1]
         self.divisor: Size = self.strides[-1]
         self.token_size: Size | None = None
         # the decoder holds the encoder a second time: the same tensors under other names

@@ -26,7 +26,7 @@ from nnssl_ext.geometry.matching import inside_case
 from nnssl_ext.networks.token_decoder import TokenDecoder
 from nnssl_ext.objectives.reconstruction import masked_error, patchify, token_statistics, unpatchify, upsample_mask
 from nnssl_ext.records import Size, Step, View
-from nnssl_ext.views.masks import MaskSettings, common_cell
+from nnssl_ext.views.masks import MaskSettings, common_cell, mask_grid
 from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings
 
 
@@ -111,6 +111,7 @@ class MAETrainer(nn.Module):
             settings.intensity if settings.augment_intensity else None,
         )
         if isinstance(backbone, TokenBackbone):
+            backbone.mask_token.requires_grad_(settings.variant == "simmim")
             self.pretrained_prefixes = backbone.encoder_prefixes
             self.reconstruct: nn.Module = (
                 VisibleTokens(backbone, plan.channels, settings.decoder_depth)
@@ -147,7 +148,7 @@ class MAETrainer(nn.Module):
         (view,) = views
         prediction, _ = self.reconstruct(view.voxels, view.mask)
         _, mean, std = self._target(view)
-        hidden = upsample_mask(_mask(view), _size(view))
+        hidden = upsample_mask(_mask(view), _size(view.voxels))
         filled = torch.where(hidden, prediction.float() * std + mean, view.voxels)
         return {
             "crop": view.voxels,
@@ -157,7 +158,7 @@ class MAETrainer(nn.Module):
         }
 
     def _weight(self, view: View) -> Float[Tensor, "B C Z Y X"]:
-        counts = upsample_mask(_mask(view), _size(view)) & inside_case(view)
+        counts = upsample_mask(_mask(view), _size(view.voxels)) & inside_case(view)
         return counts.expand_as(view.voxels).to(view.voxels.dtype)
 
     def _target(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
@@ -165,8 +166,8 @@ class MAETrainer(nn.Module):
         voxels = view.voxels
         if not self.settings.normalise_targets:
             return voxels, torch.zeros_like(voxels[:1, :1]), torch.ones_like(voxels[:1, :1])
-        size = _size(view)
-        grid = tuple(s // b for s, b in zip(size, self.cell, strict=True))
+        size = _size(view.voxels)
+        grid = mask_grid(size, self.cell)
         tokens = patchify(voxels, self.cell)
         valid = patchify(inside_case(view).expand_as(voxels).to(voxels.dtype), self.cell)
         mean, std = (
@@ -182,8 +183,8 @@ class VisibleTokens(nn.Module):
     def __init__(self, backbone: TokenBackbone, channels: int, depth: int) -> None:
         super().__init__()
         self.backbone = backbone
-        head_dim = backbone.network.head_dim
-        heads = max(1, round(backbone.embed_dim / head_dim / 2))
+        head_dim = backbone.embed_dim // backbone.num_heads
+        heads = max(1, round(backbone.num_heads / 2))
         out_dim = channels * _voxels(backbone.token_size)
         self.decoder = TokenDecoder(backbone.embed_dim, heads * head_dim, depth, heads, out_dim)
 
@@ -191,7 +192,7 @@ class VisibleTokens(nn.Module):
         self, voxels: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]
     ) -> tuple[Float[Tensor, "B C Z Y X"], Float[Tensor, "B E"]]:
         """The predicted volume and the mean visible token."""
-        grid = _grid(voxels, self.backbone)
+        grid = mask_grid(_size(voxels), self.backbone.token_size)
         visible, ids = self.backbone.forward_visible(voxels, mask)
         prediction = self.decoder(visible, ids, grid)
         return unpatchify(prediction, self.backbone.token_size, grid), visible.mean(dim=1)
@@ -209,7 +210,7 @@ class MaskedTokens(nn.Module):
         self, voxels: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]
     ) -> tuple[Float[Tensor, "B C Z Y X"], Float[Tensor, "B E"]]:
         """The predicted volume and the summary of the crop."""
-        grid = _grid(voxels, self.backbone)
+        grid = mask_grid(_size(voxels), self.backbone.token_size)
         features = self.backbone.forward_features(voxels, mask)
         prediction = self.head(features.levels[0].flatten(2).transpose(1, 2))
         return unpatchify(prediction, self.backbone.token_size, grid), features.summary
@@ -221,8 +222,7 @@ class MaskedBlocks(nn.Module):
     def __init__(self, backbone: Backbone, channels: int) -> None:
         super().__init__()
         self.backbone = backbone
-        width = backbone.network.decoder.stages[-1].output_channels
-        self.head = nn.Conv3d(width, channels, kernel_size=1)
+        self.head = nn.Conv3d(backbone.decoder_channels[0], channels, kernel_size=1)
 
     def forward(
         self, voxels: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]
@@ -248,13 +248,8 @@ def _mask(view: View) -> Bool[Tensor, "B z y x"]:
     return view.mask
 
 
-def _size(view: View) -> Size:
-    z, y, x = view.voxels.shape[2:]
-    return z, y, x
-
-
-def _grid(voxels: Float[Tensor, "B C Z Y X"], backbone: TokenBackbone) -> Size:
-    z, y, x = (s // t for s, t in zip(voxels.shape[2:], backbone.token_size, strict=True))
+def _size(voxels: Float[Tensor, "B C Z Y X"]) -> Size:
+    z, y, x = voxels.shape[2:]
     return z, y, x
 
 
