@@ -59,5 +59,5 @@ def cost_of(plans: dict[str, Any], configuration: str, classes: int, crop: str =
     return network_cost(found["architecture"], found["nnssl"][crop], len(found["normalization_schemes"]), classes)
 
 
-def _by(values: Sequence[float]) -> str:
+def _by(values: Sequence[int | float]) -> str:
     return "x".join(f"{value:.4g}" for value in values)
