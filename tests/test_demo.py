@@ -89,11 +89,13 @@ class TestDice:
         table = _dice_table("primus", {"background": 0, "organ": 1, "vessel": 2}, dice)
         rows = {row[0]: row[1:] for row in table.rows}
         # organ: differences .2, .1, 0: mean .1, standard deviation .1, over the root of 3
-        assert rows["organ"] == pytest.approx((0.8, 0.7, 0.1, 0.1 / 3**0.5))
+        assert rows["organ"] == pytest.approx((0.8, 0.7, 0.1, 0.1 / 3**0.5), abs=5e-4)
         # vessel: the second case has none; differences .1, .3
-        assert rows["vessel"] == pytest.approx((0.6, 0.4, 0.2, 0.1))
+        assert rows["vessel"] == pytest.approx((0.6, 0.4, 0.2, 0.1), abs=5e-4)
         # mean of the structures per case: .65 .9 .7 against .5 .8 .55: differences .15 .1 .15
-        assert rows["mean"] == pytest.approx((0.75, 1.85 / 3, 0.4 / 3, np.std([0.15, 0.1, 0.15], ddof=1) / 3**0.5))
+        assert rows["mean"] == pytest.approx(
+            (0.75, 1.85 / 3, 0.4 / 3, np.std([0.15, 0.1, 0.15], ddof=1) / 3**0.5), abs=5e-4
+        )
 
 
 def test_arms_differ_in_the_pretrained_weights_alone(tmp_path):
@@ -126,7 +128,7 @@ def test_the_main_job_from_phantoms_to_page(tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!#|data:)', page)
     pictures = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    assert len(pictures) == 5 and all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(pictures) == 6 and all(picture.startswith(b"\x89PNG") for picture in pictures)
     for name in ("organ", "vessel", "shell", "nodules", "bone", "mean"):
         cells = re.search(rf"<tr><td>{name}</td>(.*?)</tr>", page).group(1)
         assert len(re.findall(r">-?\d[\d.e-]*<|>nan<", cells)) == 4, cells

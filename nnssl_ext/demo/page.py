@@ -15,8 +15,9 @@ from jaxtyping import Float
 from nnssl_ext.demo.runner import Step, exports_of
 from nnssl_ext.demo.settings import ARMS, CONFIGURATION, PLANS, DemoSettings
 from nnssl_ext.files import read_json
+from nnssl_ext.reports.curves import read_log
 from nnssl_ext.reports.page import Code, Picture, Section, Table, write_page
-from nnssl_ext.reports.pictures import draw_planes
+from nnssl_ext.reports.pictures import draw_planes, outline_colour
 
 PACKAGES = ("nnssl-ext", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "SimpleITK")
 
@@ -48,14 +49,17 @@ def write_demo_page(
     names = read_json(dataset / "dataset.json")["labels"]
     sections = [
         Section("Result", [_budget(settings, dataset), *(_dice_table(b, names, dice) for b in settings.backbones)]),
-        Section("One held-out case", [_case_picture(settings, dataset, b) for b in settings.backbones]),
+        Section(
+            "One held-out case", [_colours(names), *(_case_picture(settings, dataset, b) for b in settings.backbones)]
+        ),
     ]
     for backbone in settings.backbones:
         sections.append(Section(f"Pretraining, {backbone}", _pretraining(runs[backbone])))
-        curves = [Picture(folds[backbone, arm] / "progress.png", f"nnU-Net's log, {arm}") for arm in ARMS]
-        sections.append(Section(f"Fine-tuning, {backbone}", curves))
+        sections.append(
+            Section(f"Fine-tuning, {backbone}", [b for arm in ARMS for b in _finetuning(folds[backbone, arm], arm)])
+        )
     sections += [
-        Section("Settings", _settings(settings, dataset, runs)),
+        Section("What the planner derived", _settings(runs)),
         Section("Commands", ["Every step, to repeat it by hand.", Code(_script(settings, steps))]),
         Section("Time", [_times(steps, seconds)]),
         Section("Versions", [_versions()]),
@@ -99,7 +103,13 @@ def _dice_table(backbone: str, names: dict[str, int], dice: dict[tuple[str, str]
 def _compared(pretrained: np.ndarray, scratch: np.ndarray) -> tuple[float, float, float, float]:
     gain = pretrained - scratch
     error = float(np.nanstd(gain, ddof=1) / np.sqrt(np.isfinite(gain).sum())) if len(gain) > 1 else float("nan")
-    return float(np.nanmean(pretrained)), float(np.nanmean(scratch)), float(np.nanmean(gain)), error
+    a, b, c, d = (round(float(v), 3) for v in (np.nanmean(pretrained), np.nanmean(scratch), np.nanmean(gain), error))
+    return a, b, c, d
+
+
+def _colours(names: dict[str, int]) -> str:
+    colours = (f"{name} {outline_colour(value)}" for name, value in names.items() if value)
+    return f"Outlines: {', '.join(colours)}."
 
 
 def _case_picture(settings: DemoSettings, dataset: Path, backbone: str) -> Picture:
@@ -117,23 +127,39 @@ def _case_picture(settings: DemoSettings, dataset: Path, backbone: str) -> Pictu
     return Picture(png, f"{backbone}, case {case}")
 
 
-def _pretraining(run: Path) -> list[str | Picture]:
-    shown = [Picture(run / "progress.png", "training log")]
-    reconstructions = sorted(run.glob("reconstruction_*.png"), key=lambda png: png.stat().st_mtime)
-    return [*shown, *(Picture(png, "the same crop and mask, at the end") for png in reconstructions[-1:])]
+def _pretraining(run: Path) -> list[str | Picture | Code]:
+    log = read_log(run / "training_log.csv")
+    before, after = (log["zero_predictor"][-1], log["loss"][-1])
+    return [
+        f"Error on hidden voxels in the last epoch: {after:.3f}, where predicting the mean everywhere makes {before:.3f}.",
+        Picture(run / "progress.png", "training log"),
+        Picture(run / "reconstruction_0000.png", "before training"),
+        Picture(run / "reconstruction_final.png", "the same crop and mask at the end"),
+        Code((run / "settings.json").read_text().strip(), "settings.json"),
+    ]
 
 
-def _settings(settings: DemoSettings, dataset: Path, runs: dict[str, Path]) -> list[str | Table | Code]:
-    blocks: list[str | Table | Code] = []
+def _finetuning(fold: Path, arm: str) -> list[str | Picture | Code]:
+    record = read_json(fold / "finetuning.json")
+    halves = record["changed_tensors"].items()
+    arrived = ", ".join(f"{changed} of {total} {half} tensors" for half, (changed, total) in halves)
+    return [
+        f"{arm}: trained on {', '.join(record['train_cases'])}. Set by a checkpoint before training: {arrived}.",
+        Picture(fold / "progress.png", f"nnU-Net's log, {arm}"),
+        Code(json.dumps(record["settings"], indent=2), f"settings, {arm}"),
+    ]
+
+
+def _settings(runs: dict[str, Path]) -> list[Table]:
+    tables = []
     for backbone, run in runs.items():
         plans = read_json(run / "plans.json")["configurations"][CONFIGURATION]
         block = plans["nnssl"]
         derived = {"normalization_schemes": plans["normalization_schemes"], "spacing": plans["spacing"], **block}
         rows: list[tuple[str, str]] = [(k, json.dumps(v)) for k, v in derived.items() if k not in ("schema", "reasons")]
         rows += [(f"why {name}", reason) for name, reason in block["reasons"].items()]
-        caption = f"{PLANS[backbone]}, derived by the planner (z, y, x; mm and voxels)"
-        blocks += [Table(("setting", "value"), rows, caption), Code((run / "settings.json").read_text().strip())]
-    return blocks
+        tables.append(Table(("setting", "value"), rows, f"{PLANS[backbone]} (z, y, x; mm and voxels)"))
+    return tables
 
 
 def _script(settings: DemoSettings, steps: Sequence[Step]) -> str:

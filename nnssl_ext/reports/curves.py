@@ -65,6 +65,8 @@ def draw_progress(log: Path, png: Path) -> None:
             axes.plot(epochs, columns[name], marker="o" if len(epochs) < 30 else "", markersize=3, label=name)
         if _spans_a_decade([columns[name] for name in names]):
             axes.set_yscale("log")
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
         if len(names) > 1:
             axes.legend(fontsize="small")
         axes.set_title(title, fontsize="medium")

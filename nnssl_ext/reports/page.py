@@ -31,9 +31,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy: shell commands, JSON."""
+    """Text to copy: shell commands, JSON. With a summary, it is folded away under it."""
 
     text: str
+    summary: str = ""
 
 
 @dataclass(frozen=True)

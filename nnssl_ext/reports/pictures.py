@@ -15,6 +15,7 @@ from nnssl_ext.files import atomic_write
 PLANES = ("axial (y, x)", "coronal (z, x)", "sagittal (z, y)")
 WINDOW = (0.5, 99.5)
 """Percentiles of the first volume shown as black and white; the other volumes share its window, so they compare."""
+COLOURS = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")
 CELL = 2.6  # inches of the longest side of a plane
 DPI = 100
 
@@ -69,6 +70,11 @@ def draw_planes(
         figure.savefig(temporary, format="png")
 
 
+def outline_colour(label: int) -> str:
+    """The colour in which `draw_planes` outlines a label, 1 or higher."""
+    return COLOURS[(label - 1) % len(COLOURS)]
+
+
 def _middle(volume: np.ndarray, plane: int) -> np.ndarray:
     """The plane through the middle voxel, perpendicular to axis `plane`."""
     return volume.take(volume.shape[plane] // 2, axis=plane)
@@ -94,11 +100,7 @@ def _window(volume: Float[np.ndarray, "Z Y X"]) -> tuple[float, float]:
 
 def _outline(axes: Any, labels: Integer[np.ndarray, "H W"]) -> None:
     """Outlines of every label present, coloured by label value."""
-    from matplotlib import colormaps
-
     for label in np.unique(labels[labels > 0]):
         inside = np.pad(labels == label, 1).astype(float)  # padded, so that outlines close at the border
         rows, columns = (np.arange(n) - 1 for n in inside.shape)
-        axes.contour(
-            columns, rows, inside, levels=[0.5], colors=[colormaps["tab10"](int(label - 1) % 10)], linewidths=1
-        )
+        axes.contour(columns, rows, inside, levels=[0.5], colors=f"tab:{outline_colour(int(label))}", linewidths=1)

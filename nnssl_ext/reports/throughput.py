@@ -68,19 +68,23 @@ class Stopwatch:
         self.cpu[name].append(time.process_time() - cpu_start)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Median, mean and extremes per phase, and the median of the CPU time of this process's threads together.
+        """Median, mean and extremes per phase, of wall-clock time and of CPU time of all threads.
 
         The extremes, and CPU time below wall time, say how busy the machine was with other things.
         """
-        return {name: {**_summary(self.wall[name]), "cpu_median": _rounded(self.cpu[name])} for name in self.wall}
+        return {
+            name: {**_summary(self.wall[name]), **{f"cpu_{k}": v for k, v in _summary(self.cpu[name]).items()}}
+            for name in self.wall
+        }
 
 
 def measure_data(cases: tuple[Case, ...], size: Size, device: torch.device, repeats: int) -> dict[str, Any]:
     """Seconds per case, at one case a time: reading one plain crop, and cutting views.
 
     Returns:
-        ``read``: one crop that lies inside its case, from the disk cache. ``views_as_drawn``: flip, rotation, zoom and
-        intensity with nnU-Net's probabilities (the mean counts). ``views_everything``: all of them in every sample.
+        ``read``: one crop that lies inside its case, from the disk cache. ``as_drawn``: flip, rotation, zoom and intensity
+        with nnU-Net's probabilities (the mean counts). ``everything``: all of them in every sample. Turned and zoomed
+        views need larger regions, so reading is timed for both too.
     """
     watch = Stopwatch(device)
     rng = np.random.default_rng(0)
@@ -95,16 +99,16 @@ def measure_data(cases: tuple[Case, ...], size: Size, device: torch.device, repe
         with watch.phase("read"):
             read_region(case, low, (low[0] + size[0], low[1] + size[1], low[2] + size[2]))
     policies = {
-        "views_as_drawn": (SingleView(size, None, SpatialSettings(), IntensitySettings()), 5 * repeats),
-        "views_everything": (SingleView(size, None, *EVERYTHING), repeats),
+        "as_drawn": (SingleView(size, None, SpatialSettings(), IntensitySettings()), 5 * repeats),
+        "everything": (SingleView(size, None, *EVERYTHING), repeats),
     }
     for name, (policy, number) in policies.items():
-        loader = make_loader(cases, policy, seed=0, start_step=0, steps=number + 1, batch_size=1)
-        for step, batch in enumerate(tqdm(loader, name, leave=False)):
-            if step == 0:
-                cut_views(batch, device)
-                continue
-            with watch.phase(name):
+        batches = iter(make_loader(cases, policy, seed=0, start_step=0, steps=number + 1, batch_size=1))
+        cut_views(next(batches), device)
+        for _ in tqdm(range(number), name, leave=False):
+            with watch.phase(f"read_{name}"):
+                batch = next(batches)
+            with watch.phase(f"views_{name}"):
                 cut_views(batch, device)
     return {"size": list(size), "seconds_per_case": watch.summary()}
 
@@ -246,17 +250,14 @@ def _sizes(job: Job, parts: Parts) -> dict[str, Any]:
     }
 
 
-def _rounded(times: list[float]) -> float:
-    return round(statistics.median(times), 5)
-
-
 def _summary(times: list[float]) -> dict[str, float]:
-    return {
-        "median": _rounded(times),
-        "mean": round(statistics.fmean(times), 5),
-        "min": round(min(times), 5),
-        "max": round(max(times), 5),
+    figures = {
+        "median": statistics.median(times),
+        "mean": statistics.fmean(times),
+        "min": min(times),
+        "max": max(times),
     }
+    return {name: round(value, 5) for name, value in figures.items()}
 
 
 def _peak_memory_gb(device: torch.device) -> float | None:
