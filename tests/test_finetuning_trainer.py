@@ -140,7 +140,7 @@ def test_one_arrived_tensor_of_many_is_counted(bench, tmp_path) -> None:
     initial.initialize()
     weights = {name: value.clone() for name, value in initial.network.state_dict().items()}
     for name in weights:  # all aliases of one kernel
-        if name.endswith("stem.convs.0.conv.weight") or name.endswith("stem.convs.0.all_modules.0.weight"):
+        if name.endswith(("stem.convs.0.conv.weight", "stem.convs.0.all_modules.0.weight")):
             weights[name] += 1
     torch.save({"network_weights": weights}, tmp_path / "weights.pth")
     trainer = bench.trainer("resenc", weights=tmp_path / "weights.pth")
@@ -283,6 +283,17 @@ def test_without_mirroring_neither_training_nor_prediction_flips(bench) -> None:
     saved = torch.load(Path(trainer.output_folder) / "checkpoint_final.pth", weights_only=False)
     assert saved["inference_allowed_mirroring_axes"] is None
     assert saved["trainer_name"] == "nnsslFinetuneTrainer"
+
+
+@pytest.mark.parametrize("backbone", ARCHITECTURES)
+def test_without_deep_supervision_every_parameter_that_asks_for_a_gradient_gets_one(bench, backbone) -> None:
+    trainer = bench.trainer(backbone, deep_supervision=False)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.train_step(next(trainer.dataloader_train))
+    asking = {name for name, p in trainer.network.named_parameters() if p.requires_grad}
+    assert asking == {name for name, p in trainer.network.named_parameters() if p.grad is not None}
+    assert "decoder.seg_layers.1.weight" in asking and "decoder.seg_layers.0.weight" not in asking
 
 
 @pytest.mark.parametrize("clip", [1e-3, 12.0])

@@ -67,6 +67,14 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
     return list(groups.values())
 
 
+def freeze_unused_heads(network: nn.Module) -> None:
+    """Without deep supervision only the finest segmentation layer is read; DDP refuses parameters that never get a
+    gradient but ask for one."""
+    heads = getattr(getattr(network, "decoder", None), "seg_layers", None)
+    for head in list(heads or ())[:-1]:
+        head.requires_grad_(False)
+
+
 class IterationSchedule:
     """Sets the learning rates of an optimiser iteration by iteration; ``step(epoch)`` is for nnU-Net's call.
 

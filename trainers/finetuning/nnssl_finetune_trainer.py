@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
 from nnssl_ext.trainers.finetuning.augmentation import keep_augmentation
-from nnssl_ext.trainers.finetuning.groups import Half, IterationSchedule, parameter_groups
-from nnssl_ext.trainers.finetuning.settings import BLOCK, backbone_of, read_settings
+from nnssl_ext.trainers.finetuning.groups import Half, IterationSchedule, freeze_unused_heads, parameter_groups
+from nnssl_ext.trainers.finetuning.settings import BLOCK, read_settings
 from nnssl_ext.trainers.finetuning.subset import training_subset
 from nnssl_ext.trainers.finetuning.transfer import arrivals, restore, snapshot
 
@@ -57,7 +57,7 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = settings.val_iterations_per_epoch
         self.num_epochs = settings.epochs
         self.save_every = settings.save_every
-        self.enable_deep_supervision = settings.deep_supervision and backbone_of(plans, configuration) == "unet"
+        self.enable_deep_supervision = settings.deep_supervision
         if settings.batch_size is not None:
             self.configuration_manager.configuration["batch_size"] = settings.batch_size
         threads = settings.threads or os.environ.get("OMP_NUM_THREADS")
@@ -85,6 +85,8 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
 
     def configure_optimizers(self) -> tuple[Optimizer, Any]:
         settings = self.settings
+        if not self.enable_deep_supervision:
+            freeze_unused_heads(self._plain_network)
         groups = parameter_groups(self._plain_network, settings)
         optimizer: Optimizer
         if settings.optimizer == "sgd":
@@ -112,7 +114,7 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
         self._iteration += 1
         if not self.is_ddp:  # DDP waits for the gradients it saw at its construction
             for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
+                for parameter in group["params"] if group["half"] == "encoder" else ():
                     parameter.requires_grad_(not group["frozen"])
         return super().train_step(batch)
 

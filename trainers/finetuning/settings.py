@@ -46,10 +46,10 @@ class FinetuneSettings:
         gradient_clip: largest gradient norm, at most nnU-Net's 12. Primus: 1.
         epochs: intervals between two validations and log lines.
         iterations_per_epoch: nnU-Net: 250.
-        val_iterations_per_epoch: patches batches of the pseudo Dice. nnU-Net: 50.
+        val_iterations_per_epoch: batches of the pseudo Dice. nnU-Net: 50.
         save_every: epochs between two resumable checkpoints. nnU-Net: 50.
         batch_size: overrides the plans'; None keeps theirs.
-        deep_supervision: losses at the coarser decoder levels too (nnU-Net); networks without such outputs ignore it.
+        deep_supervision: losses at the coarser decoder levels too. nnU-Net: on for U-Nets, off for Primus.
         oversample_foreground: share of each batch centred on foreground. nnU-Net: 0.33.
         mirroring: random flips in training and test-time flips. Off for structures that a flip makes ambiguous
             (hippocampus: 0.79 Dice with, 0.86 without).
