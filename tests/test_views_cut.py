@@ -15,7 +15,7 @@ from nnssl_ext.data.loader import make_loader
 from nnssl_ext.geometry.affines import view_to_case
 from nnssl_ext.geometry.matching import case_coordinates, inside_case, matched_coordinates
 from nnssl_ext.views.augment import augment
-from nnssl_ext.views.cut import cut_views
+from nnssl_ext.views.cut import cut_views, resample
 from nnssl_ext.views.masks import MaskSettings
 from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings, draw_affine
 
@@ -159,3 +159,15 @@ def test_zero_strength_is_the_identity(folder):
     torch.testing.assert_close(
         augment(image.clone(), [{**same, "gamma_inverted": 1.0, "gamma": 1.0}]), image, atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("lower", [-40, -3, 0, 7, 9, 60])
+def test_a_crop_anywhere_even_outside_is_padded_with_zeros(lower, flip):
+    region, size = torch.rand(1, 2, 10, 10, 10) + 1, (4, 6, 5)
+    centre = np.array([lower + 1.5, 2 + 2.5, 3 + 2.0])
+    affine = view_to_case(size, centre, flips=(flip, False, flip))
+    view = resample(region, affine[None], np.zeros((1, 3), int), size)[0]
+    padded = np.pad(region[0].numpy(), ((0, 0), (60, 60), (0, 0), (0, 0)))
+    expected = padded[:, lower + 60 : lower + 64, 2:8, 3:8]
+    np.testing.assert_array_equal(view, expected[:, ::-1, :, ::-1] if flip else expected)

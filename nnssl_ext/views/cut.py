@@ -75,19 +75,17 @@ def _copy_crop(
     """Fill a view whose affine only shifts and flips."""
     source, target, flipped = [slice(None)], [slice(None)], []
     for axis, (length, available) in enumerate(zip(view.shape[1:], region.shape[1:], strict=True)):
-        step, first = matrix[axis, axis], matrix[axis, 3]
-        start = first if step > 0 else first - length + 1
-        begin, end = max(start, 0), max(min(start + length, available), 0)
-        source.append(slice(begin, end))
-        if step > 0:
-            target.append(slice(begin - start, max(end - start, 0)))
-        else:
-            target.append(slice(start + length - end, start + length - begin))
+        start = matrix[axis, 3]
+        if matrix[axis, axis] < 0:
+            start -= length - 1
             flipped.append(axis + 1)
-    if any(part.stop - part.start < length for part, length in zip(target[1:], view.shape[1:], strict=True)):
-        view.zero_()
-    crop = region[tuple(source)]
-    view[tuple(target)] = crop.flip(flipped) if flipped else crop
+        begin, end = (min(max(edge, 0), available) for edge in (start, start + length))
+        source.append(slice(begin, end))
+        target.append(slice(begin - start, end - start))
+    view.zero_()
+    view[tuple(target)] = region[tuple(source)]
+    if flipped:
+        view.copy_(view.flip(flipped))
 
 
 def _sampling_grids(
@@ -104,7 +102,7 @@ def _sampling_grids(
         shift = affine(np.eye(3), (first, 0, 0))
         matrices = (normalise @ affines @ shift)[:, [2, 1, 0, 3]]
         depth = min(planes, size[0] - first)
-        yield first, coordinates(torch.from_numpy(matrices).to(regions), (depth, size[1], size[2]))
+        yield first, coordinates(torch.from_numpy(matrices).float().to(regions.device), (depth, size[1], size[2]))
 
 
 def _masks(draws: tuple[ViewDraw, ...], device: torch.device) -> Tensor | None:
