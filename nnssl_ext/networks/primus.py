@@ -53,6 +53,7 @@ class PatchDecoder(nn.Module):
         deep_supervision: bool,
     ) -> None:
         super().__init__()
+        self.widths = [int(width) for width in widths]
         sides = zip([embed_dim, *widths][:-1], widths, [as_size(s) for s in strides[:0:-1]], strict=True)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.ConvTranspose3d(wide, narrow, stride, stride), ChannelNorm(narrow), nn.GELU())
