@@ -69,7 +69,8 @@ class View:
         case_shape: ``(B, 3)`` voxels of each case.
         spacing: ``(B, 3)`` mm of each case's voxels.
         cases: ``B`` identifiers.
-        mask: ``(B, z, y, x)`` on the token grid, True where masked, or None.
+        mask: ``(B, z, y, x)`` on the mask's grid of cells, True where masked, or None. It stays on the CPU, where the
+            number of visible tokens can be read without waiting for the device.
         applied: per sample, the augmentations that were applied and their strengths.
     """
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
+from nnssl_ext.paths import folder
 
 
 def require_labels(raw: Path, dataset_id: int) -> dict[str, Any]:
@@ -34,6 +37,19 @@ def require_labels(raw: Path, dataset_id: int) -> dict[str, Any]:
             f"add their labels or remove the cases; or remove labelsTr and run: nnssl_convert foreground -d {dataset_id}",
         )
     return dataset
+
+
+def require_labels_of_command(words: Sequence[str]) -> None:
+    """`require_labels` for the datasets that a stock planning command names by ``-d``, as typed.
+
+    Raises:
+        NnsslError: as `require_labels`.
+    """
+    if "-d" not in words:
+        return
+    for word in takewhile(str.isdigit, words[words.index("-d") + 1 :]):
+        for raw in folder("nnUNet_raw").glob(f"Dataset{int(word):03d}_*"):
+            require_labels(raw, int(word))
 
 
 def _cases_without_label(raw: Path, dataset: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from nnssl_ext.catalogue import load_method
 from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.contracts import Monitor
-from nnssl_ext.data.loader import make_loader
+from nnssl_ext.data.loader import RegionBatch, make_loader
 from nnssl_ext.engine.devices import launch
 from nnssl_ext.engine.faults import Faults
 from nnssl_ext.engine.job import BEST, FINAL, LATEST, Job, prepare
@@ -90,10 +91,12 @@ def pretrain(job: Job, resume: bool = False) -> bool:
         log = TrainingLog(job.output, state.step // job.settings.iterations, tracker)
     with stop_on_signal() as stop:
         watch = Watch([RepresentationMonitor()], Faults(job.run.max_skipped), stop)
+        batches = stream(parts, state)
         while state.step < job.total_steps:
-            figures = train_epoch(parts, state, watch)
+            figures = train_epoch(parts, state, watch, batches)
             if watch.faults.spent:
                 state = roll_back(parts, state, watch.faults)
+                batches = stream(parts, state)
             elif state.step % job.settings.iterations == 0:
                 close_epoch(parts, state, watch, figures, log)
             if _agreed(fabric, stop) and state.step < job.total_steps:
@@ -108,7 +111,25 @@ def pretrain(job: Job, resume: bool = False) -> bool:
     return True
 
 
-def train_epoch(parts: Parts, state: TrainState, watch: Watch) -> dict[str, float]:
+def stream(parts: Parts, state: TrainState) -> Iterator[RegionBatch]:
+    """This process's batches from where the run stands to its end; readers live as long as the stream."""
+    job, fabric = parts.job, parts.fabric
+    loader = make_loader(
+        job.cases,
+        parts.method.view_policy,
+        seed=data_seed(job.run.seed, state.attempt),
+        start_step=state.step * job.settings.optim.accumulate,
+        steps=(job.total_steps - state.step) * job.settings.optim.accumulate,
+        batch_size=job.run.batch_size,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        workers=job.run.workers,
+        pin_memory=fabric.device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def train_epoch(parts: Parts, state: TrainState, watch: Watch, batches: Iterator[RegionBatch]) -> dict[str, float]:
     """Train to the end of the current epoch, or until asked to stop, or until the budget of non-finite steps is spent.
 
     Returns:
@@ -116,19 +137,6 @@ def train_epoch(parts: Parts, state: TrainState, watch: Watch) -> dict[str, floa
     """
     job, fabric = parts.job, parts.fabric
     todo = job.settings.iterations - state.step % job.settings.iterations
-    batches = iter(
-        make_loader(
-            job.cases,
-            parts.method.view_policy,
-            seed=data_seed(job.run.seed, state.attempt),
-            start_step=state.step * job.settings.optim.accumulate,
-            steps=todo * job.settings.optim.accumulate,
-            batch_size=job.run.batch_size,
-            rank=fabric.global_rank,
-            world_size=fabric.world_size,
-            workers=job.run.workers,
-        )
-    )
     sums = {name: torch.tensor(value, device=fabric.device) for name, value in state.sums.items()}
     start, waited = time.perf_counter(), 0.0
     parts.graph.train()

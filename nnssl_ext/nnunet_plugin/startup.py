@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LOOKUP_MODULE = "nnunetv2.utilities.find_class_by_name"
 LOOKUP = "recursive_find_python_class"
 PARAMETERS = ("folder", "class_name", "current_module")  # what nnU-Net 2.8.1's function takes first
+FINGERPRINT = "DatasetFingerprintExtractor"  # what stock planning asks for first
 DISABLE = "NNSSL_EXT_DISABLE"
 
 
@@ -91,6 +92,8 @@ def _hook(module: ModuleType) -> Callable[..., Any] | None:
 
             module_name, attribute = ours.split(":")
             return getattr(importlib.import_module(module_name), attribute)  # its own error is the user's answer
+        if class_name == FINGERPRINT and any(word.startswith("nnsslPlanner") for word in sys.argv):
+            _refuse_image_only()
         found = stock(folder, class_name, current_module, *rest, **options)
         if found is None:
             _suggest(current_module, class_name)
@@ -115,6 +118,20 @@ def _registry() -> dict[tuple[str | None, str], str]:
     except Exception as error:  # noqa: BLE001 - a defect of ours, whatever it is, must not stop stock nnU-Net
         _tell(f"its registry is broken ({error!r})")
         return {}
+
+
+def _refuse_image_only() -> None:
+    """Say what to do about a dataset without labels, which nnU-Net's fingerprint would answer with a reader's traceback."""
+    from nnssl_ext.errors import NnsslError
+
+    try:
+        from nnssl_ext.planners.raw_dataset import require_labels_of_command
+
+        require_labels_of_command(sys.argv)
+    except NnsslError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:  # noqa: BLE001 - stock nnU-Net then fails or works as it always did
+        _tell(f"cannot check for labels ({error!r})")
 
 
 def _suggest(current_module: str | None, class_name: str) -> None:

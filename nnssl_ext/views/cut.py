@@ -40,7 +40,7 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
                 case_shape=case_shape,
                 spacing=spacing,
                 cases=batch.cases,
-                mask=_masks(draws, device),
+                mask=_masks(draws),
                 applied=tuple(dict(draw.intensity) for draw in draws),
             )
         )
@@ -105,6 +105,6 @@ def _sampling_grids(
         yield first, coordinates(torch.from_numpy(matrices).float().to(regions.device), (depth, size[1], size[2]))
 
 
-def _masks(draws: tuple[ViewDraw, ...], device: torch.device) -> Tensor | None:
+def _masks(draws: tuple[ViewDraw, ...]) -> Tensor | None:
     masks = [draw.mask for draw in draws if draw.mask is not None]
-    return torch.from_numpy(np.stack(masks)).to(device) if masks else None
+    return torch.from_numpy(np.stack(masks)) if masks else None

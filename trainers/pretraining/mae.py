@@ -245,7 +245,7 @@ def default_block(crop: Size) -> Size:
 
 def _mask(view: View) -> Bool[Tensor, "B z y x"]:
     assert view.mask is not None, "the policy of MAE draws masks"
-    return view.mask
+    return view.mask.to(view.voxels.device, non_blocking=True)
 
 
 def _size(voxels: Float[Tensor, "B C Z Y X"]) -> Size:
