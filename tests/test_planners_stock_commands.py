@@ -59,8 +59,9 @@ def test_image_only_copy_passes_every_check_after_foreground(nnunet_env, test_da
     add_hippocampus(nnunet_env, test_data, "Dataset005_Unlabelled", labels=False)
     refused = nnunet_env.run("nnssl_plan", 5, "-pl", "nnsslPlannerPrimusTiny", check=False)
     assert refused.returncode == 2 and "run: nnssl_convert foreground -d 5" in refused.stderr
-    refused = nnunet_env.run("nnUNetv2_plan_experiment", "-d", 5, "-pl", "nnsslPlannerPrimusTiny", check=False)
-    assert refused.returncode != 0 and "run: nnssl_convert foreground -d 5" in refused.stderr
+    for stock in ("nnUNetv2_plan_experiment", "nnUNetv2_plan_and_preprocess"):
+        refused = nnunet_env.run(stock, "-d", 5, "-pl", "nnsslPlannerPrimusTiny", check=False)
+        assert refused.returncode != 0 and "run: nnssl_convert foreground -d 5" in refused.stderr
     nnunet_env.run("nnssl_convert", "foreground", "-d", 5)
     command = (
         "nnUNetv2_plan_and_preprocess",
