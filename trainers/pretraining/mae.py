@@ -2,8 +2,9 @@
 
 Tokens (Primus): He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377. Three quarters of the
 tokens are hidden; the encoder sees the visible ones only; a light transformer fills the grid with a mask token and
-predicts the hidden voxels; mean squared error on hidden voxels. ``variant="simmim"`` is Xie et al., arXiv:2111.09886:
-mask tokens go through the encoder, a linear head predicts, L1 on hidden voxels.
+predicts the hidden voxels; mean squared error on hidden voxels. ``variant="simmim"`` follows Xie et al.,
+arXiv:2111.09886: mask tokens go through the encoder, L1 on hidden voxels. Its head is not linear but the segmentation
+network's own patch decoder, which is as light and is thereby pretrained too.
 
 Convolutions (ResEnc): Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", arXiv:2410.23132,
 the plain form: hidden blocks of the input are set to 0, encoder and decoder of the segmentation network reconstruct
@@ -36,7 +37,7 @@ class MAESettings:
 
     Attributes:
         epochs, iterations: 1000 x 250 optimiser steps (nnssl's length); an epoch is the interval of logging.
-        variant: ``mae``, or ``simmim`` (token backbones only).
+        variant: ``mae``, or ``simmim`` (token backbones only); see the module's head.
         mask_ratio: hidden share; 0.75 in MAE, its 3D forms and nnssl.
         mask_block: voxels z, y, x hidden together; None = single tokens (MAE), or for convolutions `default_block`.
         normalise_targets: per-token target normalisation (MAE, Table 1d); off as in nnssl.
@@ -110,19 +111,15 @@ class MAETrainer(nn.Module):
             settings.spatial,
             settings.intensity if settings.augment_intensity else None,
         )
+        self.pretrained_prefixes = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
+        self.reconstruct: nn.Module = MaskedInput(backbone, plan.channels)
         if isinstance(backbone, TokenBackbone):
             backbone.mask_token.requires_grad_(settings.variant == "simmim")
-            self.pretrained_prefixes = backbone.encoder_prefixes
-            self.reconstruct: nn.Module = (
-                VisibleTokens(backbone, plan.channels, settings.decoder_depth)
-                if settings.variant == "mae"
-                else MaskedTokens(backbone, plan.channels)
-            )
+            if settings.variant == "mae":
+                self.pretrained_prefixes = backbone.encoder_prefixes
+                self.reconstruct = VisibleTokens(backbone, plan.channels, settings.decoder_depth)
         elif settings.variant == "simmim":
             raise NnsslError("SimMIM needs tokens, which a convolutional backbone has not", "use --variant mae")
-        else:
-            self.pretrained_prefixes = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
-            self.reconstruct = MaskedBlocks(backbone, plan.channels)
 
     def forward(self, views: tuple[View, ...]) -> Step:
         """The error on hidden voxels that lie inside the case."""
@@ -198,26 +195,9 @@ class VisibleTokens(nn.Module):
         return unpatchify(prediction, self.backbone.token_size, grid), visible.mean(dim=1)
 
 
-class MaskedTokens(nn.Module):
-    """SimMIM: encode all tokens, hidden ones replaced by the mask token; predict linearly."""
-
-    def __init__(self, backbone: TokenBackbone, channels: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.embed_dim, channels * _voxels(backbone.token_size))
-
-    def forward(
-        self, voxels: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]
-    ) -> tuple[Float[Tensor, "B C Z Y X"], Float[Tensor, "B E"]]:
-        """The predicted volume and the summary of the crop."""
-        grid = mask_grid(_size(voxels), self.backbone.token_size)
-        features = self.backbone.forward_features(voxels, mask)
-        prediction = self.head(features.levels[0].flatten(2).transpose(1, 2))
-        return unpatchify(prediction, self.backbone.token_size, grid), features.summary
-
-
-class MaskedBlocks(nn.Module):
-    """Convolutions: blocks of the input set to 0; encoder, decoder and a 1x1x1 head reconstruct."""
+class MaskedInput(nn.Module):
+    """SimMIM and convolutions: hidden tokens replaced by the mask token, or hidden blocks set to 0; encoder, decoder and a
+    1x1x1 head reconstruct."""
 
     def __init__(self, backbone: Backbone, channels: int) -> None:
         super().__init__()
