@@ -10,10 +10,10 @@ import torch
 
 pytestmark = pytest.mark.slow
 
-# From scratch on 12 labelled cases at 5e-3 the small ResEnc passes 0.7 within 60 iterations (measured: 0.81 with 20 cases);
+# At the default rates the small ResEnc passes 0.8 Dice within 60 iterations (measured with 5 and 20 labelled cases);
 # the small Primus needs more than this test has time for, so it only has to come through.
 RUNS = {
-    "ResEncTiny": ({"epochs": 3, "iterations_per_epoch": 20, "lr_encoder": 5e-3, "lr_decoder": 5e-3}, 0.6),
+    "ResEncTiny": ({"epochs": 3, "iterations_per_epoch": 20}, 0.6),
     "PrimusTiny": ({"epochs": 2, "iterations_per_epoch": 2}, 0.0),
 }
 

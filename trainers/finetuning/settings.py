@@ -7,7 +7,7 @@ Sources of the values: **OpenMind** (arXiv 2412.17041: 150 epochs, warm-up over 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -110,30 +110,30 @@ PRIMUS = FinetuneSettings(
 )
 RESENC = FinetuneSettings()
 
-# The small presets train for CPU minutes, where SGD 1e-2 is hopeless (measured: 0.36 Dice after 450 iterations against
-# 0.86) and augmentation costs more than it gives.
-_SMALL = FinetuneSettings(
-    epochs=15,
-    iterations_per_epoch=20,
-    val_iterations_per_epoch=4,
-    save_every=1,
-    mirroring=False,
-    spatial_augmentation=False,
-    intensity_augmentation=False,
-)
+# The small presets train for CPU minutes, where nnU-Net's SGD at 1e-2 is hopeless (hippocampus, 450 iterations: 0.36 Dice
+# against 0.86 with AdamW) and augmentation costs more than it gives.
+_SMALL: dict[str, Any] = {
+    "optimizer": "adamw",
+    "epochs": 15,
+    "iterations_per_epoch": 20,
+    "val_iterations_per_epoch": 4,
+    "save_every": 1,
+    "mirroring": False,
+    "spatial_augmentation": False,
+    "intensity_augmentation": False,
+}
+# Measured after 60 iterations on 20 labelled cases, from scratch, one run each: ResEncTiny 0.69 Dice at 2e-3, 0.83 at
+# 5e-3, 0.86 at 1e-2; PrimusTiny 0.00 at 1e-3, 0.18 at 3e-3, 0.04 at 5e-3, 0.00 at 1e-2.
+_SMALL_RATES: dict[str, dict[str, Any]] = {
+    "unet": {"lr_encoder": 5e-3, "lr_decoder": 5e-3, "lr_scratch": 1e-2},
+    "primus": {"lr_encoder": 3e-3, "lr_decoder": 3e-3, "lr_scratch": 3e-3},
+}
 
 
 def default_settings(backbone: Backbone, preset: str = "") -> FinetuneSettings:
     """Defaults of a backbone family; presets ending in ``Tiny`` get those for minutes on a CPU."""
     base = PRIMUS if backbone == "primus" else RESENC
-    if not preset.endswith("Tiny"):
-        return base
-    small = {name: value for name, value in asdict(_SMALL).items() if value != getattr(FinetuneSettings(), name)}
-    if backbone == "unet":
-        small |= {"optimizer": "adamw", "lr_encoder": 2e-3, "lr_decoder": 2e-3, "lr_scratch": 2e-3}
-    else:
-        small |= {"lr_encoder": 1e-3, "lr_decoder": 1e-3, "lr_scratch": 1e-3}
-    return replace(base, **small)
+    return replace(base, **_SMALL, **_SMALL_RATES[backbone]) if preset.endswith("Tiny") else base
 
 
 def backbone_of(plans: dict[str, Any], configuration: str) -> Backbone:
