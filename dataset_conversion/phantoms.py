@@ -39,13 +39,13 @@ HOUNSFIELD = np.array(
 RELATIVE_SIGNAL = np.array(
     [
         (0, 0, 0),  # air
-        (0.75, 0.05, 0.08),  # organ
+        (0.80, 0.05, 0.06),  # organ
         (0.35, 0.05, 0.03),  # vessel, flow void
-        (0.50, 0.05, 0.05),  # shell
+        (0.45, 0.04, 0.04),  # shell
         (0.95, 0.08, 0.06),  # nodules
         (0.20, 0.03, 0.05),  # bone
         (1.10, 0.08, 0.06),  # fat
-        (0.60, 0.04, 0.08),  # soft tissue
+        (0.60, 0.03, 0.05),  # soft tissue
         (0.30, 0.03, 0.02),  # lumen
     ]
 )
@@ -70,8 +70,8 @@ class PhantomSettings:
     """
 
     modality: Literal["mr", "ct"] = "mr"
-    field_of_view: tuple[float, float, float] = (72.0, 84.0, 76.0)
-    spacing: tuple[float, float, float] = (2.5, 2.0, 2.0)
+    field_of_view: tuple[float, float, float] = (72.0, 82.0, 74.0)
+    spacing: tuple[float, float, float] = (3.0, 2.4, 2.4)
     spacing_jitter: float = 0.1
     deformation: float = 0.8
     noise: float = 0.08
@@ -143,10 +143,10 @@ def tissue_at(points: Float[np.ndarray, "3 Z Y X"]) -> UInt8[np.ndarray, "Z Y X"
         return sum(((p - c) / r) ** 2 for p, c, r in zip(points, centre, radii, strict=True)) < 1
 
     # a tube that winds once around the body's axis, with the slope of its course taken out of its width
-    vessel = (y - 4 - 7 * np.sin(z / 9)) ** 2 + (x - 1 - 5 * np.cos(z / 9)) ** 2 < 3.4**2 * (1 + (6 / 9) ** 2)
-    blobs = ((17.0, -8.0, 11.0), (12.0, -12.0, 17.0), (21.0, -2.0, 14.0))
-    nodules = sum(np.exp(-sum((p - c) ** 2 for p, c in zip(points, blob, strict=True)) / 30.0) for blob in blobs) > 0.45
-    bone = (y - 24) ** 2 + (x / 1.3) ** 2 < (5.5 + 1.2 * np.cos(2 * np.pi * z / 12)) ** 2
+    vessel = (y - 3 - 6 * np.sin(z / 9)) ** 2 + (x - 1 - 4 * np.cos(z / 9)) ** 2 < 4.8**2 * (1 + (5 / 9) ** 2)
+    blobs = ((17.0, -10.0, 12.0), (11.0, -15.0, 17.0), (21.0, -3.0, 15.0))
+    nodules = sum(np.exp(-sum((p - c) ** 2 for p, c in zip(points, blob, strict=True)) / 60.0) for blob in blobs) > 0.45
+    bone = (y - 23) ** 2 + (x / 1.3) ** 2 < (7.5 + 1.5 * np.cos(2 * np.pi * z / 14)) ** 2
 
     tissues = np.full(z.shape, AIR, np.uint8)
     tissues[ellipsoid((0.0, 0.0, 0.0), (34.0, 39.0, 35.0))] = FAT
@@ -154,9 +154,9 @@ def tissue_at(points: Float[np.ndarray, "3 Z Y X"]) -> UInt8[np.ndarray, "Z Y X"
     tissues[body] = SOFT
     tissues[body & bone] = LABELS["bone"]
     tissues[body & vessel] = LABELS["vessel"]
-    tissues[ellipsoid((3.0, -6.0, -14.0), (16.0, 18.0, 11.0))] = LABELS["organ"]
-    tissues[ellipsoid((-9.0, -6.0, 14.0), (13.0, 12.0, 10.0))] = LABELS["shell"]
-    tissues[ellipsoid((-9.0, -6.0, 14.0), (9.5, 8.5, 6.5))] = LUMEN
+    tissues[body & ellipsoid((3.0, -7.0, -15.0), (20.0, 20.0, 13.0))] = LABELS["organ"]
+    tissues[ellipsoid((-9.0, -8.0, 14.0), (15.0, 14.0, 12.0))] = LABELS["shell"]
+    tissues[ellipsoid((-9.0, -8.0, 14.0), (10.0, 9.0, 7.5))] = LUMEN
     tissues[body & nodules] = LABELS["nodules"]
     return tissues
 

@@ -28,7 +28,7 @@ def test_layout_and_contents(tmp_path):
 
 def test_itk_warps_the_template_onto_the_subject(tmp_path):
     write_phantom_task(tmp_path / "task", PhantomSettings(), 1, first_seed=11)
-    wide = {"field_of_view": (88.0, 100.0, 92.0), "spacing": (0.8, 0.8, 0.8), "spacing_jitter": 0.0}
+    wide = {"field_of_view": (88.0, 100.0, 92.0), "spacing": (1.0, 1.0, 1.0), "spacing_jitter": 0.0}
     template = generate_phantom(PhantomSettings(deformation=0.0, **wide), 0)
     subject = sitk.ReadImage(tmp_path / "task" / "labelsTr" / "phantom_000.nii.gz")
     field = sitk.ReadImage(tmp_path / "task" / "displacementsTr" / "phantom_000.mha", sitk.sitkVectorFloat64)

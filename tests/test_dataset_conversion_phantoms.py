@@ -40,7 +40,7 @@ def test_every_subject_has_every_structure(modality, seed):
     assert np.isfinite(phantom.image).all()
     volumes = np.bincount(phantom.labels.ravel()) * np.prod(phantom.spacing) / 1000  # ml
     assert len(volumes) == len(LABELS)
-    assert volumes[1:].min() > 1 and volumes[1:].max() < 20
+    assert volumes[1:].min() > 1 and volumes[1:].max() < 30
 
 
 def test_structures_differ_in_shape():
@@ -111,19 +111,23 @@ def test_no_deformation_is_the_template():
     assert np.array_equal(phantom.labels[tissues <= 5], tissues[tissues <= 5])
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_displacement_maps_template_labels_to_the_subject(seed):
-    """Resample the template's label *volume* through the saved field, as a registration would."""
-    fine = PhantomSettings(
-        field_of_view=(88.0, 100.0, 92.0), spacing=(0.8, 0.8, 0.8), spacing_jitter=0.0, deformation=0.0
+@pytest.fixture(scope="module")
+def template() -> Phantom:
+    wide = PhantomSettings(
+        field_of_view=(88.0, 100.0, 92.0), spacing=(1.0, 1.0, 1.0), spacing_jitter=0.0, deformation=0.0
     )
-    template = generate_phantom(fine, 0)
+    return generate_phantom(wide, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_displacement_maps_template_labels_to_the_subject(template, seed):
+    """Resample the template's label *volume* through the saved field, as a registration would."""
     subject = generate_phantom(PhantomSettings(), seed)
     subject_points = grid_points(np.array(subject.labels.shape), np.array(subject.spacing))
     centre = (np.array(template.labels.shape) - 1) / 2
 
-    def warped(displacement):  # mm -> voxels of the template
-        voxels = (subject_points + displacement) / 0.8 + centre[:, None, None, None]
+    def warped(displacement):  # mm are voxels of this template
+        voxels = subject_points + displacement + centre[:, None, None, None]
         return map_coordinates(template.labels, voxels, order=0)
 
     right, unmoved, reversed_ = (warped(sign * subject.displacement) for sign in (1, 0, -1))

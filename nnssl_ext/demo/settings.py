@@ -39,7 +39,7 @@ class DemoSettings:
     held_out: int = 8
     labelled: int = 3
     pretrain_steps: int = 150
-    finetune_steps: int = 50
+    finetune_steps: int = 120
     device: str = "cpu"
     side_by_side: int = 2
 
