@@ -120,7 +120,8 @@ def test_target_is_never_overwritten(tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit it ignored
 from pathlib import Path
 from nnssl_ext.dataset_conversion.whole_folder import whole_folder
 with whole_folder(Path(sys.argv[1])) as building:
