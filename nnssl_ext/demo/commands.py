@@ -36,7 +36,7 @@ def conversion(settings: DemoSettings, source: Path) -> Step:
     """A Medical Segmentation Decathlon task into a raw dataset."""
     target = settings.output / "nnUNet_raw" / dataset_folder(settings)
     command = ("nnssl_convert", "msd", str(source), "-d", str(DATASET_ID), "--name", settings.name)
-    return Step("convert", (*command, "--limit", str(settings.cases)), (target,))
+    return Step("convert", (*command, "--limit", str(settings.cases), "-np", "1"), (target,))
 
 
 def planning(settings: DemoSettings) -> list[Step]:

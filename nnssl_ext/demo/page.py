@@ -163,7 +163,16 @@ def _settings(runs: dict[str, Path]) -> list[Table]:
 
 
 def _script(settings: DemoSettings, steps: Sequence[Step]) -> str:
-    return "\n".join([*exports_of(settings.environment), *(f"\n# {step.name}\n{step}" for step in steps)])
+    lines = exports_of(settings.environment)
+    if settings.data is None:
+        lines.append("\n# phantoms: nnssl_ext.dataset_conversion.phantom_task.write_phantom_task")
+    for step in steps:
+        lines.append(f"\n# {step.name}\n{step}")
+        if step is steps[0]:
+            lines.append(
+                f"# {settings.held_out} cases then moved to imagesTs and labelsTs: nnssl_ext.demo.data.hold_out"
+            )
+    return "\n".join(lines)
 
 
 def _times(steps: Sequence[Step], seconds: dict[str, float]) -> Table:
