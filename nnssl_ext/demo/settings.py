@@ -38,7 +38,7 @@ class DemoSettings:
     cases: int = 40
     held_out: int = 8
     labelled: int = 3
-    pretrain_steps: int = 150
+    pretrain_steps: int = 300
     finetune_steps: int = 120
     device: str = "cpu"
     side_by_side: int = 2
