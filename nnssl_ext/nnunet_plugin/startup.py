@@ -122,12 +122,12 @@ def _registry() -> dict[tuple[str | None, str], str]:
 
 def _refuse_image_only() -> None:
     """Say what to do about a dataset without labels, which nnU-Net's fingerprint would answer with a reader's traceback."""
+    import importlib
+
     from nnssl_ext.errors import NnsslError
 
     try:
-        from nnssl_ext.planners.raw_dataset import require_labels_of_command
-
-        require_labels_of_command(sys.argv)
+        importlib.import_module("nnssl_ext.planners.raw_dataset").require_labels_of_command(sys.argv)
     except NnsslError as error:
         sys.exit(f"error: {error}")
     except Exception as error:  # noqa: BLE001 - stock nnU-Net then fails or works as it always did
