@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from nnssl_ext.cli._run import run
 from nnssl_ext.demo.settings import PLANNERS, DemoSettings
@@ -36,10 +37,16 @@ def _main() -> None:
         device=args.device,
         side_by_side=args.jobs,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that running commands are ended too
+    signal.signal(signal.SIGTERM, _terminated)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"all files and logs go to {settings.output}", markup=False)
     console.print(f"open {run_demo(settings, console)}", markup=False)
+
+
+def _terminated(*_: object) -> NoReturn:
+    """Leave by an exception, so that the commands under way are ended too."""
+    print("stopped; the same command continues", file=sys.stderr)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def _parser() -> argparse.ArgumentParser:
