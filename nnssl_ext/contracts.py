@@ -34,8 +34,14 @@ class ViewDraw:
 class ViewPolicy(Protocol):
     """Draws the views of one case. Frozen, picklable, without torch state: it runs in reading workers."""
 
-    def draw(self, case: Case, rng: np.random.Generator) -> tuple[ViewDraw, ...]:
-        """The views of one sample; every sample of a run has the same number of views with the same sizes."""
+    def draw(self, case: Case, rng: np.random.Generator, quantile: float) -> tuple[ViewDraw, ...]:
+        """The views of one sample; every sample of a run has the same number of views with the same sizes.
+
+        Args:
+            quantile: uniform on [0, 1) like a draw from `rng`, but stratified: the samples of one step, over all processes,
+                have one in each of as many equal intervals, in random order. For what should vary little between steps,
+                such as the number of masked tokens.
+        """
         ...
 
 
@@ -111,6 +117,23 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class OptimRule:
+    """How the optimiser treats some parameters of a method. Where several rules match a parameter, all of them apply.
+
+    Attributes:
+        prefix: the rule is for the parameters of the method whose names start so.
+        lr_scale: factor on the learning rate (layer-wise decay, a slower stem); factors multiply.
+        constant: the learning rate ignores the schedule (SimSiam's predictor).
+        frozen_steps: optimiser steps at the start of the run during which the learning rate is 0 (DINO's last layer).
+    """
+
+    prefix: str
+    lr_scale: float = 1.0
+    constant: bool = False
+    frozen_steps: int = 0
+
+
+@dataclass(frozen=True)
 class PretrainPlan:
     """What a method may know about plans, read from one configuration of a plans file.
 
@@ -149,6 +172,7 @@ class Method(Protocol):
         settings: an instance of ``settings_type``.
         view_policy: what to draw for each case.
         pretrained_prefixes: parameter-name prefixes of the exported network that this method trains.
+        optim_rules: exceptions from one learning rate for all parameters.
     """
 
     settings_type: type
@@ -156,13 +180,19 @@ class Method(Protocol):
     settings: Any
     view_policy: ViewPolicy
     pretrained_prefixes: tuple[str, ...]
+    optim_rules: tuple[OptimRule, ...]
 
     def forward(self, views: tuple[View, ...]) -> Step:
         """One step's loss."""
         ...
 
+    def before_step(self, progress: Progress) -> None:
+        """Called once per optimiser step, before its passes: what follows a schedule (temperatures), and forgetting what
+        an unfinished step left behind. ``progress.step`` steps are done."""
+        ...
+
     def after_step(self, progress: Progress) -> None:
-        """Called once per optimiser step, after the parameters moved (EMA, centres, temperatures)."""
+        """Called once per optimiser step, after the parameters moved (EMA, centres). Not called when a step was skipped."""
         ...
 
     def export_backbone(self) -> Backbone:

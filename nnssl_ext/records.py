@@ -114,12 +114,17 @@ class Step:
     Attributes:
         loss: scalar to minimise.
         terms: named, detached scalars that make up or explain the loss.
-        watch: named, detached tensors for monitors; ``"features"`` is ``(N, C)``.
+        watch: named, detached tensors for monitors. ``"features"`` ``(N, C)``: one vector per crop, from the backbone.
+            ``"projector"``, ``"predictor"`` ``(N, D)``: outputs of such heads. ``"prototypes"`` ``(K,)``: mean teacher
+            probability of each prototype. ``"tokens"`` ``(N, T, C)``: some crops' feature maps, place by place.
+        parts: where several weighted terms add up to the loss, those terms, with gradient: their pull on the shared
+            parameters is compared now and then.
     """
 
     loss: Float[Tensor, ""]
     terms: dict[str, Tensor] = field(default_factory=dict)
     watch: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return ", ".join(f"{k} {float(v):.4g}" for k, v in {"loss": self.loss, **self.terms}.items())

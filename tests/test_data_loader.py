@@ -113,6 +113,24 @@ def test_batch_states_shapes_spacings_and_length(cases):
     assert batch.spacing.tolist() == [[1, 1, 1]] * 2
 
 
+def test_the_quantiles_of_a_step_lie_one_in_each_interval_in_changing_order(cases):
+    seen: list[float] = []
+
+    class Listener:
+        def draw(self, case, rng, quantile):
+            seen.append(quantile)
+            return POLICY.draw(case, rng, quantile)
+
+    strata = []
+    for rank in range(2):
+        seen.clear()
+        list(make_loader(cases, Listener(), seed=1, start_step=0, steps=40, batch_size=2, rank=rank, world_size=2))
+        strata.append(np.reshape([int(4 * quantile) for quantile in seen], (40, 2)))
+    steps = np.concatenate(strata, axis=1)
+    assert np.array_equal(np.sort(steps, axis=1), np.tile(np.arange(4), (40, 1)))
+    assert len({tuple(step) for step in steps.tolist()}) > 10
+
+
 def test_no_cases():
     with pytest.raises(NnsslError, match="no case to train on"):
         make_loader([], POLICY, seed=0, start_step=0, steps=1, batch_size=1)

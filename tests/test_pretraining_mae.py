@@ -22,7 +22,7 @@ def method_of(backbone: str, **settings) -> MAETrainer:
 def view_of(method: MAETrainer, tmp_path, batch: int = 2, case_shape=(40, 40, 40), lower=(0, 0, 0)) -> View:
     rng = np.random.default_rng(0)
     case = Case("case", tmp_path, 1, CROP, (1.0, 1.0, 1.0))
-    masks = [method.view_policy.draw(case, rng)[0].mask for _ in range(batch)]
+    masks = [method.view_policy.draw(case, rng, 0.5)[0].mask for _ in range(batch)]
     affine = torch.eye(4).repeat(batch, 1, 1)
     affine[:, :3, 3] = torch.tensor(lower, dtype=torch.float32)
     return View(

@@ -83,7 +83,7 @@ def test_everything_means_every_augmentation_in_every_sample(tmp_path):
     (case, *_) = job_of("ResEncTiny", tmp_path).cases
     policy = throughput.SingleView((16, 16, 16), None, *throughput.EVERYTHING)
     for seed in range(5):
-        (draw,) = policy.draw(case, np.random.default_rng(seed))
+        (draw,) = policy.draw(case, np.random.default_rng(seed), 0.5)
         assert len(draw.intensity) == 8  # seven augmentations and the seed of the noise
         linear = draw.affine[:3, :3]
         assert np.linalg.det(linear) < 0 and not np.allclose(linear, np.diag(np.diag(linear)))

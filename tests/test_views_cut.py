@@ -34,8 +34,8 @@ class TwoViews:
     first: SingleView
     second: SingleView
 
-    def draw(self, case, rng) -> tuple[ViewDraw, ...]:
-        return (*self.first.draw(case, rng), *self.second.draw(case, rng))
+    def draw(self, case, rng, quantile) -> tuple[ViewDraw, ...]:
+        return (*self.first.draw(case, rng, quantile), *self.second.draw(case, rng, quantile))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def case(shape=(40, 50, 60), spacing=(1.0, 1.0, 1.0)) -> Case:
 
 
 def draws(policy: SingleView, of: Case, number: int):
-    return [policy.draw(of, np.random.default_rng([7, n]))[0] for n in range(number)]
+    return [policy.draw(of, np.random.default_rng([7, n]), 0.5)[0] for n in range(number)]
 
 
 def test_places_are_uniform_over_all_that_fit():
@@ -92,7 +92,7 @@ def test_thick_slices_are_neither_tilted_nor_zoomed_through():
 
 
 def test_nothing_is_applied_when_nothing_is_asked_for():
-    (draw,) = SingleView((8, 8, 8), spatial=STILL).draw(case(), np.random.default_rng(0))
+    (draw,) = SingleView((8, 8, 8), spatial=STILL).draw(case(), np.random.default_rng(0), 0.5)
     assert draw.intensity == {} and draw.mask is None
-    (masked,) = SingleView((8, 8, 8), MaskSettings((4, 4, 4)), STILL).draw(case(), np.random.default_rng(0))
+    (masked,) = SingleView((8, 8, 8), MaskSettings((4, 4, 4)), STILL).draw(case(), np.random.default_rng(0), 0.5)
     assert masked.mask is not None and masked.mask.sum() == 6

@@ -1,7 +1,7 @@
 """Batches of regions, a pure function of seed and sample number.
 
 Sample number ``n = step * batch_size * world_size + rank * batch_size + i`` fixes the case (by a permutation per epoch)
-and everything random about it (``np.random.default_rng([seed, n])``). So a resumed run continues with the same batches,
+and everything random about it (``np.random.default_rng([seed, n])``, and its quantile within the step). So a resumed run continues with the same batches,
 two processes with batch B see what one with 2B sees, and the number of workers changes nothing.
 """
 
@@ -100,7 +100,7 @@ def make_loader(
     if not cases:
         raise NnsslError("there is no case to train on", "check the dataset, or the file given to --cases")
     loader: DataLoader[Any] = DataLoader(
-        _Samples(tuple(cases), policy, seed),
+        _Samples(tuple(cases), policy, seed, batch_size * world_size),
         batch_sampler=_Numbers(start_step, steps, batch_size, rank, world_size),
         num_workers=workers,
         collate_fn=_collate,
@@ -135,21 +135,28 @@ class _Samples(Dataset[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]):
     cases: tuple[Case, ...]
     policy: ViewPolicy
     seed: int
+    per_step: int
 
     def __getitem__(self, number: int) -> tuple[Region, tuple[ViewDraw, ...]] | NnsslError:
         epoch, position = divmod(number, len(self.cases))
         case = self.cases[_order(self.seed, epoch, len(self.cases))[position]]
         try:
-            draws = self.policy.draw(case, np.random.default_rng([self.seed, number]))
+            rng = np.random.default_rng([self.seed, number])
+            draws = self.policy.draw(case, rng, self._quantile(number, rng))
             box = reduce(hull, (bounding_box(draw.affine, draw.size) for draw in draws))
             return read_region(case, box.lower, box.upper), draws
         except NnsslError as error:
             return error  # raised in a worker it would reach the user buried in a traceback
 
+    def _quantile(self, number: int, rng: np.random.Generator) -> float:
+        step, position = divmod(number, self.per_step)
+        stratum = np.random.default_rng([self.seed, step, 2]).permutation(self.per_step)[position]
+        return float((stratum + rng.random()) / self.per_step)
+
 
 @lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, count: int) -> Int[np.ndarray, " count"]:
-    # The trailing 1 keeps this stream apart from every sample's own.
+    # The trailing 1 keeps this stream apart from every sample's own, and the 2 above the strata.
     return np.random.default_rng([seed, epoch, 1]).permutation(count)
 
 

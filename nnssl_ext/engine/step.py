@@ -73,6 +73,7 @@ def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: Tr
     torch.manual_seed(step_seed(parts.job.run.seed, state.step, fabric.global_rank))
     set_learning_rate(parts.optimizer, learning_rate(state.step, parts.job.total_steps, optim))
     parts.optimizer.zero_grad(set_to_none=True)
+    parts.method.before_step(Progress(state.step, parts.job.total_steps))
     steps = []
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)

@@ -223,6 +223,7 @@ def _time_steps(parts: Parts, repeats: int, warm_up: int) -> dict[str, Any]:
 def _step_by_phase(parts: Parts, batch: Any, watch: Stopwatch) -> None:
     """`nnssl_ext.engine.step.optimizer_step` on one batch, phase by phase."""
     parts.optimizer.zero_grad(set_to_none=True)
+    parts.method.before_step(Progress(0, parts.job.total_steps))
     with watch.phase("views"):
         views = cut_views(batch, parts.fabric.device)
     with watch.phase("forward"):

@@ -84,7 +84,7 @@ class SingleView:
     spatial: SpatialSettings = field(default_factory=SpatialSettings)
     intensity: IntensitySettings | None = None
 
-    def draw(self, case: Case, rng: np.random.Generator) -> tuple[ViewDraw, ...]:
+    def draw(self, case: Case, rng: np.random.Generator, quantile: float) -> tuple[ViewDraw, ...]:
         affine = draw_affine(case, self.size, self.spatial, rng)
         intensity = {} if self.intensity is None else draw_intensity(self.intensity, rng)
         mask = None if self.mask is None else draw_mask(self.size, self.mask, rng)

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nnssl_ext.contracts import Backbone, PretrainPlan, Progress, TokenBackbone
+from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.matching import inside_case
@@ -112,6 +112,7 @@ class MAETrainer(nn.Module):
             settings.spatial,
             settings.intensity if settings.augment_intensity else None,
         )
+        self.optim_rules: tuple[OptimRule, ...] = ()
         self.pretrained_prefixes = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
         self.reconstruct: nn.Module = MaskedInput(backbone, plan.channels)
         if isinstance(backbone, TokenBackbone):
@@ -132,6 +133,9 @@ class MAETrainer(nn.Module):
         loss = masked_error(prediction, target, weight, power)
         zero = masked_error(torch.zeros_like(target), target, weight, power)
         return Step(loss, terms={"zero_predictor": zero.detach()}, watch={"features": features.detach()})
+
+    def before_step(self, progress: Progress) -> None:
+        """Nothing follows a schedule beside the learning rate."""
 
     def after_step(self, progress: Progress) -> None:
         """Nothing moves beside the parameters."""
