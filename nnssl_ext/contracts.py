@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from nnssl_ext.records import Case, Features, Size, Step, View
@@ -199,8 +199,9 @@ class Method(Protocol):
         """The backbone whose network is written to checkpoints (a teacher, where the paper says so)."""
         ...
 
-    def pictures(self, views: tuple[View, ...]) -> dict[str, Float[Tensor, "B _C _Z _Y _X"]]:
-        """Named volumes worth looking at, without gradient; drawn side by side in this order."""
+    def pictures(self, views: tuple[View, ...]) -> dict[str, Shaped[Tensor, "B _C _Z _Y _X"]]:
+        """Named volumes worth looking at, without gradient; drawn side by side in this order. Three channels of uint8
+        are colours (`nnssl_ext.reports.feature_pca.pca_rgb`)."""
         ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from nnssl_ext.contracts import Method
 from nnssl_ext.data.loader import make_loader
@@ -23,4 +26,9 @@ def draw_pictures(job: Job, method: Method, device: torch.device, png: Path) -> 
         iter(make_loader(job.cases, method.view_policy, seed=PICTURE_SEED, start_step=0, steps=1, batch_size=1))
     )
     volumes = method.pictures(cut_views(batch, device))
-    draw_planes({name: v[0].float().cpu().numpy() for name, v in volumes.items()}, png, job.plan.spacing)
+    draw_planes({name: _array(v[0]) for name, v in volumes.items()}, png, job.plan.spacing)
+
+
+def _array(volume: Shaped[Tensor, "C Z Y X"]) -> Shaped[np.ndarray, "C Z Y X"]:
+    """Colours (uint8) as they are, everything else as float32."""
+    return (volume if volume.dtype == torch.uint8 else volume.float()).cpu().numpy()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Integer, Shaped
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
@@ -21,7 +21,7 @@ DPI = 100
 
 
 def draw_planes(
-    volumes: Mapping[str, Float[np.ndarray, "_C _Z _Y _X"]],
+    volumes: Mapping[str, Shaped[np.ndarray, "_C _Z _Y _X"]],
     png: Path,
     spacing: Sequence[float],
     labels: Mapping[str, Integer[np.ndarray, "_Z _Y _X"]] | None = None,
@@ -31,6 +31,7 @@ def draw_planes(
 
     Args:
         volumes: name -> ``(C, Z, Y, X)``; sizes may differ. The first one sets the intensity window of each channel.
+            A volume of three channels in uint8 is drawn as red, green and blue.
         png: written atomically.
         spacing: mm along z, y, x.
         labels: name of a volume -> ``(Z, Y, X)`` label map whose outlines are drawn over it.
@@ -44,7 +45,7 @@ def draw_planes(
         raise NnsslError(f"no volumes to draw in {png}", "pass at least one named (C, Z, Y, X) volume")
     labels = labels or {}
     first = next(iter(volumes.values()))
-    channels = max(volume.shape[0] for volume in volumes.values())
+    channels = max(1 if _is_rgb(volume) else volume.shape[0] for volume in volumes.values())
     windows = [_window(first[min(c, first.shape[0] - 1)]) for c in range(channels)]
     heights = _row_heights(first.shape[1:], spacing)
     figure = Figure(figsize=(CELL * len(volumes), sum(heights) * channels + 0.3), dpi=DPI, layout="constrained")
@@ -55,13 +56,14 @@ def draw_planes(
         axes.set_axis_off()
     for column, (name, volume) in enumerate(volumes.items()):
         grid[0, column].set_title(name, fontsize="medium", parse_math=False)
-        for row in range(3 * volume.shape[0]):
+        pages = [np.moveaxis(volume, 0, -1)] if _is_rgb(volume) else list(volume)
+        for row in range(3 * len(pages)):
             channel, plane = divmod(row, 3)
             axes = grid[row, column]
             low, high = windows[channel]
             origin = "upper" if plane == 0 else "lower"
             aspect = _pixel_aspect(plane, spacing)
-            image = _middle(volume[channel], plane)
+            image = _middle(pages[channel], plane)
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, origin=origin, aspect=aspect, interpolation="nearest")
             axes.autoscale(False)  # outlines must not widen the view
             if name in labels:
@@ -73,6 +75,10 @@ def draw_planes(
 def outline_colour(label: int) -> str:
     """The colour in which `draw_planes` outlines a label, 1 or higher."""
     return COLOURS[(label - 1) % len(COLOURS)]
+
+
+def _is_rgb(volume: Shaped[np.ndarray, "_C _Z _Y _X"]) -> bool:
+    return volume.dtype == np.uint8 and volume.shape[0] == 3
 
 
 def _middle(volume: np.ndarray, plane: int) -> np.ndarray:
