@@ -15,13 +15,13 @@ from tqdm import tqdm
 
 from nnssl_ext.catalogue import load_method
 from nnssl_ext.checkpoints.io import save_checkpoint
-from nnssl_ext.contracts import Monitor
+from nnssl_ext.contracts import Method, Monitor
 from nnssl_ext.data.loader import RegionBatch, make_loader
 from nnssl_ext.engine.devices import launch
 from nnssl_ext.engine.faults import Faults
 from nnssl_ext.engine.job import BEST, FINAL, LATEST, Job, prepare
 from nnssl_ext.engine.log import TrainingLog, open_tracker
-from nnssl_ext.engine.optim import build_optimizer, learning_rate
+from nnssl_ext.engine.optim import Schedule, build_optimizer
 from nnssl_ext.engine.pictures import draw_pictures
 from nnssl_ext.engine.signals import StopRequest, stop_on_signal
 from nnssl_ext.engine.state import TrainState, data_seed, export, load_latest, save_latest
@@ -63,8 +63,10 @@ def assemble(fabric: Fabric, job: Job) -> Parts:
     if job.run.compile:
         method.compile()
     graph = StepGraph(method, autocast=job.run.precision == "bf16")
-    wrapped, optimizer = fabric.setup(graph, build_optimizer(method, job.settings.optim))
-    return Parts(fabric, job, method, wrapped, optimizer)
+    optim = job.settings.optim
+    wrapped, optimizer = fabric.setup(graph, build_optimizer(method, optim, cast(Method, method).optim_rules))
+    schedule = Schedule(optim, job.total_steps, job.run.batch_size * fabric.world_size * optim.accumulate)
+    return Parts(fabric, job, method, wrapped, optimizer, schedule)
 
 
 def pretrain(job: Job, resume: bool = False) -> bool:
@@ -172,7 +174,8 @@ def close_epoch(
     state.sums = {}
     watch.faults.forget()
     row: dict[str, float | int] = {"epoch": epoch, "step": state.step, **figures}
-    row["lr"] = learning_rate(state.step - 1, job.total_steps, job.settings.optim)
+    row["lr"] = parts.schedule.learning_rate(state.step - 1)
+    row["weight_decay"] = parts.schedule.weight_decay(state.step - 1)
     row["skipped"] = state.skipped
     for monitor in watch.monitors:
         row.update(monitor.say())
@@ -204,7 +207,7 @@ def roll_back(parts: Parts, state: TrainState, faults: Faults) -> TrainState:
     """
     job = parts.job
     latest = job.output / LATEST
-    lr = learning_rate(state.step - 1, job.total_steps, job.settings.optim)
+    lr = parts.schedule.learning_rate(state.step - 1)
     if latest.exists():
         restored = load_latest(latest, parts.method, parts.optimizer)
     else:

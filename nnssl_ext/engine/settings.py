@@ -13,23 +13,32 @@ class OptimSettings:
     Attributes:
         optimizer: ``adamw`` or ``sgd`` (Nesterov).
         lr: peak learning rate.
+        lr_scaling: how the peak follows the batch: ``none``, or ``lr`` times the square root (DINOv2) or the first power
+            (SimSiam) of cases per optimiser step / ``lr_batch``.
+        lr_batch: cases per optimiser step, over all processes, that ``lr`` is meant for.
         weight_decay: on matrices and kernels only; biases, norms and other vectors are not decayed.
+        weight_decay_end: weight decay at the end of the run, reached by a cosine; None = constant.
         betas: AdamW's; ``betas[0]`` is SGD's momentum.
         schedule: ``poly`` = nnU-Net's (1 - t) ** 0.9, ``cosine`` to ``final_lr``, after a linear warm-up from 0.
-        warmup: share of all optimiser steps.
-        final_lr: learning rate at the end of ``cosine``.
+        warmup: share of all optimiser steps, or their number from 1 on.
+        final_lr: learning rate at the end of ``cosine``, whatever the scaling.
         clip: largest gradient norm.
+        clip_per_module: clip each child module of the method on its own (DINOv2: backbone and heads).
         accumulate: micro-batches per optimiser step.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 3e-4
+    lr_scaling: Literal["none", "sqrt", "linear"] = "none"
+    lr_batch: int = 1024
     weight_decay: float = 5e-2
+    weight_decay_end: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)
     schedule: Literal["poly", "cosine"] = "poly"
     warmup: float = 0.05
     final_lr: float = 1e-6
     clip: float = 1.0
+    clip_per_module: bool = False
     accumulate: int = 1
 
 

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from nnssl_ext.contracts import Progress
 from nnssl_ext.data.loader import RegionBatch
 from nnssl_ext.engine.job import Job
-from nnssl_ext.engine.optim import learning_rate, set_learning_rate
+from nnssl_ext.engine.optim import Schedule, clip_gradients
 from nnssl_ext.engine.state import TrainState, step_seed
 from nnssl_ext.records import Step, View
 from nnssl_ext.views.cut import cut_views
@@ -57,6 +57,7 @@ class Parts:
     method: Any
     graph: Any
     optimizer: Optimizer
+    schedule: Schedule
 
 
 def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: TrainState) -> list[Step] | None:
@@ -69,9 +70,9 @@ def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: Tr
         The steps of the micro-batches, the last with ``grad_norm`` among its terms; None when the gradient was not
         finite, in which case nothing moved.
     """
-    fabric, optim = parts.fabric, parts.job.settings.optim
+    fabric = parts.fabric
     torch.manual_seed(step_seed(parts.job.run.seed, state.step, fabric.global_rank))
-    set_learning_rate(parts.optimizer, learning_rate(state.step, parts.job.total_steps, optim))
+    parts.schedule.apply(parts.optimizer, state.step)
     parts.optimizer.zero_grad(set_to_none=True)
     parts.method.before_step(Progress(state.step, parts.job.total_steps))
     steps = []
@@ -81,9 +82,9 @@ def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: Tr
             loss, outcome = parts.graph(cut_views(batch, fabric.device))
             fabric.backward(loss / len(micro_batches))
         steps.append(outcome.step)
-    norm = fabric.clip_gradients(parts.graph, parts.optimizer, max_norm=optim.clip, error_if_nonfinite=False)
+    norm = clip_gradients(parts.method, parts.job.settings.optim)
     state.step += 1
-    if norm is None or not torch.isfinite(norm):
+    if not torch.isfinite(norm):
         return None
     parts.optimizer.step()
     parts.method.after_step(Progress(state.step, parts.job.total_steps))

@@ -30,6 +30,7 @@ from nnssl_ext.data.regions import read_region
 from nnssl_ext.engine.devices import launch
 from nnssl_ext.engine.job import Job
 from nnssl_ext.engine.loop import assemble
+from nnssl_ext.engine.optim import clip_gradients
 from nnssl_ext.engine.state import TrainState
 from nnssl_ext.engine.step import Parts, optimizer_step
 from nnssl_ext.errors import NnsslError
@@ -231,8 +232,7 @@ def _step_by_phase(parts: Parts, batch: Any, watch: Stopwatch) -> None:
     with watch.phase("backward"):
         parts.fabric.backward(loss)
     with watch.phase("optimizer"):
-        clip = parts.job.settings.optim.clip
-        parts.fabric.clip_gradients(parts.graph, parts.optimizer, max_norm=clip, error_if_nonfinite=False)
+        clip_gradients(parts.method, parts.job.settings.optim)
         parts.optimizer.step()
         parts.method.after_step(Progress(1, parts.job.total_steps))
 
