@@ -1,6 +1,5 @@
 """Runs through the loop: every method on every backbone, interrupted, resumed, replicated, and with bad data."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -13,13 +12,11 @@ import blosc2
 import numpy as np
 import pytest
 import torch
-from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, write_dataset
+from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, job_of, log_of, weights_of, write_dataset
 
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.checkpoints.io import load_checkpoint
-from nnssl_ext.cli import train
 from nnssl_ext.engine import loop
-from nnssl_ext.engine.job import Job
 from nnssl_ext.errors import NnsslError
 
 EVERY_PAIR = [(method, backbone) for method in pretraining_methods() for backbone in BACKBONES]
@@ -28,21 +25,6 @@ EVERY_PAIR = [(method, backbone) for method in pretraining_methods() for backbon
 @pytest.fixture
 def dataset(nnunet_env):
     return write_dataset(nnunet_env.preprocessed)
-
-
-def job_of(*flags: str, method: str = "MAETrainer", backbone: str = "PrimusTiny") -> Job:
-    base = [DATASET, CONFIGURATION, "-tr", method, "-p", f"nnssl{backbone}Plans", "-device", "cpu"]
-    args, rest = train.parser().parse_known_args([*base, *flags])
-    return train._job(args, rest)
-
-
-def log_of(job: Job) -> list[dict[str, str]]:
-    with open(job.output / "training_log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights_of(job: Job, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:
-    return load_checkpoint(job.output / name)["network_weights"]
 
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from scipy.ndimage import gaussian_filter
+
+from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.cli import train
+from nnssl_ext.engine.job import Job
 
 DATASET = "Dataset901_Tiny"
 CONFIGURATION = "3d_fullres"
@@ -117,3 +123,19 @@ def write_dataset(preprocessed: Path, cases: int = 6) -> Path:
         json.dumps({"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": cases, "file_ending": ".nii.gz"})
     )
     return base
+
+
+def job_of(*flags: str, method: str = "MAETrainer", backbone: str = "PrimusTiny") -> Job:
+    """What ``nnssl_train`` makes of these flags for the tiny dataset, on the CPU."""
+    base = [DATASET, CONFIGURATION, "-tr", method, "-p", f"nnssl{backbone}Plans", "-device", "cpu"]
+    args, rest = train.parser().parse_known_args([*base, *flags])
+    return train._job(args, rest)
+
+
+def log_of(job: Job) -> list[dict[str, str]]:
+    with open(job.output / "training_log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(job: Job, name: str = "checkpoint_final.pth") -> dict[str, torch.Tensor]:
+    return load_checkpoint(job.output / name)["network_weights"]

@@ -171,9 +171,9 @@ def close_epoch(
     """Log a complete epoch, draw pictures when due, and save; a lower loss than ever also becomes the best checkpoint."""
     job = parts.job
     epoch = state.step // job.settings.iterations - 1
-    state.sums = {}
+    row: dict[str, float | int] = {"epoch": epoch, "step": state.step, **figures, **state.comparison}
+    state.sums, state.comparison = {}, {}
     watch.faults.forget()
-    row: dict[str, float | int] = {"epoch": epoch, "step": state.step, **figures}
     row["lr"] = parts.schedule.learning_rate(state.step - 1)
     row["weight_decay"] = parts.schedule.weight_decay(state.step - 1)
     row["skipped"] = state.skipped

@@ -28,6 +28,7 @@ class TrainState:
         skipped: non-finite steps of the whole run.
         best: lowest epoch loss so far.
         sums: running sums of this epoch's figures, so that a run stopped in mid-epoch logs the whole epoch.
+        comparison: figures of `compare_gradients` from the first step of this epoch.
     """
 
     step: int = 0
@@ -36,6 +37,7 @@ class TrainState:
     skipped: int = 0
     best: float = float("inf")
     sums: dict[str, float] = field(default_factory=dict)
+    comparison: dict[str, float] = field(default_factory=dict)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

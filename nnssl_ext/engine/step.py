@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from nnssl_ext.contracts import Progress
 from nnssl_ext.data.loader import RegionBatch
+from nnssl_ext.engine.gradients import compare_gradients
 from nnssl_ext.engine.job import Job
 from nnssl_ext.engine.optim import Schedule, clip_gradients
 from nnssl_ext.engine.state import TrainState, step_seed
@@ -66,6 +67,8 @@ def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: Tr
     The gradient norm is the one value read from the device per step: under data parallelism it is the same on every
     process, so all of them agree on skipping. ``method.after_step`` follows the movement of the parameters.
 
+    In the first step of an epoch the gradients of the loss's terms are compared, on the first micro-batch.
+
     Returns:
         The steps of the micro-batches, the last with ``grad_norm`` among its terms; None when the gradient was not
         finite, in which case nothing moved.
@@ -75,17 +78,22 @@ def optimizer_step(parts: Parts, micro_batches: Sequence[RegionBatch], state: Tr
     parts.schedule.apply(parts.optimizer, state.step)
     parts.optimizer.zero_grad(set_to_none=True)
     parts.method.before_step(Progress(state.step, parts.job.total_steps))
+    compare = state.step % parts.job.settings.iterations == 0
+    comparison: dict[str, float] = {}
     steps = []
     for number, batch in enumerate(micro_batches, start=1):
         last = number == len(micro_batches)
         with fabric.no_backward_sync(parts.graph, enabled=not last and fabric.world_size > 1):
             loss, outcome = parts.graph(cut_views(batch, fabric.device))
+            if compare and number == 1:
+                comparison = compare_gradients(fabric, outcome.step.parts, parts.method.parameters())
             fabric.backward(loss / len(micro_batches))
         steps.append(outcome.step)
     norm = clip_gradients(parts.method, parts.job.settings.optim)
     state.step += 1
     if not torch.isfinite(norm):
         return None
+    state.comparison.update(comparison)
     parts.optimizer.step()
     parts.method.after_step(Progress(state.step, parts.job.total_steps))
     steps[-1].terms["grad_norm"] = norm.detach()
