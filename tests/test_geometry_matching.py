@@ -6,7 +6,14 @@ import torch
 
 from nnssl_ext.geometry.affines import view_to_case
 from nnssl_ext.geometry.boxes import Box, intersection
-from nnssl_ext.geometry.matching import case_coordinates, coordinates, covisible, inside_case, matched_coordinates
+from nnssl_ext.geometry.matching import (
+    case_coordinates,
+    coordinates,
+    covisible,
+    inside_case,
+    matched_cells,
+    matched_coordinates,
+)
 from nnssl_ext.records import View
 
 
@@ -68,3 +75,36 @@ def test_a_view_matches_itself_voxel_by_voxel():
 def test_views_of_different_cases_do_not_match():
     with pytest.raises(ValueError, match="different cases"):
         matched_coordinates(view(crop((0, 0, 0)), cases=("a",)), view(crop((0, 0, 0)), cases=("b",)))
+
+
+def test_cells_of_crops_shifted_by_whole_cells_match_one_to_one():
+    a, b = view(crop((0, 0, 0), (8, 12, 6)), size=(8, 12, 6)), view(crop((4, 6, 0), (8, 12, 6)), size=(8, 12, 6))
+    places, valid = matched_cells(a, b, (4, 3, 2))
+    assert places.shape == (1, 2, 4, 3, 3)
+    np.testing.assert_allclose(places[0, 1, 3, 2], (0, 1, 2), atol=1e-5)
+    assert valid[0].nonzero().tolist() == [[1, y, x] for y in (2, 3) for x in (0, 1, 2)]
+
+
+def test_cell_centres_match_where_their_points_of_the_case_are_equal():
+    stride = np.array((2, 3, 2))
+    size = (8, 9, 10)
+    a = view(crop((3, 4, 5), size, degrees=(10, -20, 5), zoom=(1.1, 0.9, 1.2)), size=size)
+    b = view(crop((5, 3, 6), size, degrees=(-15, 4, 40), flips=(True, False, True)), size=size)
+    places, valid = matched_cells(a, b, (2, 3, 2))
+    centres = np.stack(np.meshgrid(*map(np.arange, valid.shape[1:]), indexing="ij"), -1) * stride + (stride - 1) / 2
+    in_case = centres @ a.affine[0, :3, :3].numpy().T + a.affine[0, :3, 3].numpy()
+    in_b = np.linalg.solve(
+        b.affine[0].numpy(), np.concatenate([in_case, np.ones_like(in_case[..., :1])], -1)[..., None]
+    )
+    in_b = (in_b[..., :3, 0] - (stride - 1) / 2) / stride
+    np.testing.assert_allclose(places[0], in_b, atol=1e-4)
+    wanted = ((in_b >= 0) & (in_b <= np.array(valid.shape[1:]) - 1)).all(-1)
+    np.testing.assert_array_equal(valid[0], wanted & (in_case >= 0).all(-1) & (in_case <= (19, 29, 39)).all(-1))
+    assert 0 < valid.sum() < valid.numel()
+
+
+def test_a_cell_centred_outside_the_case_does_not_match():
+    a = view(crop((-3, 0, 0), (8, 8, 8)), size=(8, 8, 8))
+    assert matched_cells(a, a, (4, 4, 4))[1].sum() == 1 * 2 * 2  # centres at -1.5 and 2.5
+    with pytest.raises(ValueError, match="different cases"):
+        matched_cells(a, view(crop((0, 0, 0), (8, 8, 8)), size=(8, 8, 8), cases=("b",)), (4, 4, 4))

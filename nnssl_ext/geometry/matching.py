@@ -51,6 +51,30 @@ def covisible(view: View, other: View) -> Bool[Tensor, "B 1 Z Y X"]:
     return _within(matched_coordinates(view, other), size)[:, None] & inside_case(view)
 
 
+def matched_cells(view: View, other: View, stride: Size) -> tuple[Float[Tensor, "B z y x 3"], Bool[Tensor, "B z y x"]]:
+    """`matched_coordinates` and `covisible` on feature maps of both views, at the centres of cells of `stride` voxels.
+
+    Returns:
+        For each cell of `view` the place in `other`'s map, in cells, that shows the same point; and True where that place
+        lies between centres of cells of `other`, and the cell's centre in the case.
+
+    Raises:
+        ValueError: the two views are not of the same cases.
+    """
+    if view.cases != other.cases:
+        raise ValueError(f"views of different cases have no common voxels: {view.cases} and {other.cases}")
+    cell = torch.diag(torch.tensor([*stride, 1], dtype=torch.float64, device=view.affine.device))
+    cell[:3, 3] = (cell.diagonal()[:3] - 1) / 2
+    in_case = view.affine.double() @ cell
+    between, _ = torch.linalg.solve_ex(other.affine.double() @ cell, in_case)  # does not wait for the device
+    z, y, x = (length // step for length, step in zip(_size(view), stride, strict=True))
+    places = coordinates(between.to(view.affine.dtype), (z, y, x))
+    cells = [length // step for length, step in zip(_size(other), stride, strict=True)]
+    shape = torch.tensor(cells, device=view.affine.device).expand(len(view.cases), 3)
+    centres = coordinates(in_case.to(view.affine.dtype), (z, y, x))
+    return places, _within(places, shape) & _within(centres, view.case_shape)
+
+
 def _within(points: Float[Tensor, "B Z Y X 3"], shape: Int[Tensor, "B 3"]) -> Bool[Tensor, "B Z Y X"]:
     last = shape[:, None, None, None] - 1
     return ((points >= -TOLERANCE) & (points <= last + TOLERANCE)).all(-1)
