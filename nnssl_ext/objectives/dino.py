@@ -1,0 +1,34 @@
+"""The DINO loss: a student predicts, from every crop, what the teacher says about the other global crops.
+
+Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", arXiv:2104.14294, Eq. 3.
+Letters: V crops of a case as the student sees them, the G global ones first, B cases, K prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def dino_loss(
+    student: Float[Tensor, "V B K"], teacher: Float[Tensor, "G B K"], temperature: float
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy over cases and pairs of different crops: 2 globals and 8 locals make 2 * 10 - 2 = 18 pairs.
+
+    Args:
+        student: logits.
+        teacher: probabilities.
+        temperature: the student's; DINO: 0.1.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        logits = student.float() / temperature
+        # -sum q log softmax(s) = logsumexp(s) - sum q s, because q sums to 1
+        agreement = torch.einsum("gbk,vbk->gv", teacher, logits) / logits.shape[1]
+        pairs = logits.logsumexp(dim=-1).mean(dim=1) - agreement
+        return (pairs.sum() - pairs.diagonal().sum()) / (pairs.numel() - len(pairs))
+
+
+def entropy(probabilities: Float[Tensor, "*shape K"]) -> Float[Tensor, ""]:
+    """Mean entropy in nats."""
+    return torch.special.entr(probabilities).sum(dim=-1).mean()
