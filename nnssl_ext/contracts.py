@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,12 +22,14 @@ class ViewDraw:
         affine: ``(4, 4)`` float64, view voxel -> case voxel.
         intensity: augmentation name -> strength, in the order of application; seeds for noise included.
         mask: token-grid mask ``(z, y, x)``, True where masked, or None.
+        facts: further figures worth a record, such as the IoU of a pair; they join `View.applied`.
     """
 
     size: Size
     affine: Float[np.ndarray, "4 4"]
     intensity: Mapping[str, float]
     mask: Bool[np.ndarray, "z y x"] | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable

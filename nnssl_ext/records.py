@@ -71,7 +71,7 @@ class View:
         cases: ``B`` identifiers.
         mask: ``(B, z, y, x)`` on the mask's grid of cells, True where masked, or None. It stays on the CPU, where the
             number of visible tokens can be read without waiting for the device.
-        applied: per sample, the augmentations that were applied and their strengths.
+        applied: per sample, the augmentations that were applied and their strengths, and the draw's `facts`.
     """
 
     voxels: Float[Tensor, "B C Z Y X"]

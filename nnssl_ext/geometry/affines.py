@@ -36,23 +36,30 @@ def rotation(degrees: Vector) -> Float[np.ndarray, "3 3"]:
     return turns[0] @ turns[1] @ turns[2]
 
 
+def quarter_turns(counts: Sequence[int] | np.ndarray) -> Float[np.ndarray, "3 3"]:
+    """`rotation` by multiples of 90 degrees about z, y, x: exactly a permutation of axes with signs."""
+    return np.rint(rotation(90.0 * np.asarray(counts)))
+
+
 def view_to_case(
     size: Size,
     centre: Vector,
     *,
     flips: Sequence[bool] | np.ndarray = (False, False, False),
+    quarters: Float[np.ndarray, "3 3"] | None = None,
     degrees: Vector = (0.0, 0.0, 0.0),
     zoom: Vector = (1.0, 1.0, 1.0),
     spacing: Vector = (1.0, 1.0, 1.0),
 ) -> Affine:
-    """A view around a point of the case: flipped, zoomed and rotated about the view's centre, in this order.
+    """A view around a point of the case: flipped, turned, zoomed and rotated about the view's centre, in this order.
 
     Args:
         size: voxels of the view.
         centre: case voxel (not necessarily whole) of the view's centre.
         flips: axes of the view that run backwards.
+        quarters: a turn by right angles, see `quarter_turns`; between axes of equal length it leaves the box as it is.
         degrees: angles about z, y, x.
-        zoom: case voxels per view voxel along the view's axes; above 1 shows more of the case, smaller.
+        zoom: case voxels per view voxel along the turned view's axes; above 1 shows more of the case, smaller.
         spacing: mm of the case's voxels; angles are true in mm.
 
     Returns:
@@ -60,7 +67,8 @@ def view_to_case(
     """
     mm = np.asarray(spacing, float)
     turn = rotation(degrees) * mm / mm[:, None]
-    linear = turn * (np.where(flips, -1.0, 1.0) * np.asarray(zoom, float))
+    linear = (turn * np.asarray(zoom, float)) @ (np.eye(3) if quarters is None else quarters)
+    linear *= np.where(flips, -1.0, 1.0)
     middle = (np.asarray(size, float) - 1) / 2
     return affine(linear, np.asarray(centre, float) - linear @ middle)
 
@@ -75,10 +83,10 @@ def bounding_box(view_affine: Affine, size: Size) -> Box:
 
 
 def is_integer(view_affine: Affine) -> bool:
-    """True for crops and flips: every view voxel is a case voxel, so no interpolation is needed."""
-    linear = view_affine[:3, :3]
+    """True for crops, flips and quarter turns: every view voxel is a case voxel, so no interpolation is needed."""
+    steps = np.abs(np.rint(view_affine[:3, :3]))
     whole = np.abs(view_affine - np.rint(view_affine)).max() < 1e-6
-    return bool(whole and np.array_equal(np.abs(np.rint(linear)), np.eye(3)))
+    return bool(whole and (steps.sum(0) == 1).all() and (steps.sum(1) == 1).all())
 
 
 def _size(values: np.ndarray) -> Size:

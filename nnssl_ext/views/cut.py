@@ -41,7 +41,7 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
                 spacing=spacing,
                 cases=batch.cases,
                 mask=_masks(draws),
-                applied=tuple(dict(draw.intensity) for draw in draws),
+                applied=tuple({**draw.facts, **draw.intensity} for draw in draws),
             )
         )
     return tuple(views)
@@ -72,11 +72,12 @@ def resample(
 def _copy_crop(
     region: Float[Tensor, "C z y x"], matrix: Int[np.ndarray, "4 4"], view: Float[Tensor, "C Z Y X"]
 ) -> None:
-    """Fill a view whose affine only shifts and flips."""
+    """Fill a view whose affine only shifts, flips and exchanges axes."""
+    view = view.permute(0, *(1 + np.abs(matrix[:3, :3]).argmax(1)))  # its axes in the region's order
     source, target, flipped = [slice(None)], [slice(None)], []
     for axis, (length, available) in enumerate(zip(view.shape[1:], region.shape[1:], strict=True)):
         start = matrix[axis, 3]
-        if matrix[axis, axis] < 0:
+        if matrix[axis, :3].sum() < 0:
             start -= length - 1
             flipped.append(axis + 1)
         begin, end = (min(max(edge, 0), available) for edge in (start, start + length))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nnssl_ext.contracts import ViewDraw
-from nnssl_ext.geometry.affines import Affine, view_to_case
+from nnssl_ext.geometry.affines import Affine, quarter_turns, view_to_case
 from nnssl_ext.records import Case, Size
 from nnssl_ext.views.masks import MaskSettings, draw_mask
 
@@ -24,6 +24,8 @@ class SpatialSettings:
 
     Attributes:
         flip: probability per axis z, y, x.
+        rot90: probability of a turn by 90, 180 or 270 degrees about z, y, x; only in planes where both the view has
+            equal lengths and the case equal spacing (to 1 %). Off in nnU-Net.
         rotation: probability of a rotation, by up to `degrees` about each axis.
         degrees: largest angle, in mm space. About the axis of the thick slices only where spacing is anisotropic.
         zoom: probability of a zoom, the same for all axes (in the plane only where spacing is anisotropic).
@@ -31,6 +33,7 @@ class SpatialSettings:
     """
 
     flip: Triple = (0.5, 0.5, 0.5)
+    rot90: Triple = (0.0, 0.0, 0.0)
     rotation: float = 0.2
     degrees: float = 30.0
     zoom: float = 0.2
@@ -91,8 +94,37 @@ class SingleView:
         return (ViewDraw(self.size, affine, intensity, mask),)
 
 
-def draw_affine(case: Case, size: Size, settings: SpatialSettings, rng: np.random.Generator) -> Affine:
-    """A place, flips, rotation and zoom for a view of this size: view voxel -> case voxel."""
+@dataclass(frozen=True)
+class Pose:
+    """How a view is turned about its centre; arguments of `nnssl_ext.geometry.affines.view_to_case`.
+
+    Attributes:
+        flips: axes that run backwards.
+        quarters: a turn by right angles, or None.
+        degrees: angles about z, y, x.
+        zoom: case voxels per view voxel along each axis.
+    """
+
+    flips: np.ndarray
+    quarters: np.ndarray | None
+    degrees: np.ndarray
+    zoom: np.ndarray
+
+    def affine(self, case: Case, size: Size, centre: np.ndarray) -> Affine:
+        """View voxel -> case voxel for a view around this case voxel."""
+        return view_to_case(
+            size,
+            centre,
+            flips=self.flips,
+            quarters=self.quarters,
+            degrees=self.degrees,
+            zoom=self.zoom,
+            spacing=case.spacing,
+        )
+
+
+def draw_pose(case: Case, size: Size, settings: SpatialSettings, rng: np.random.Generator) -> Pose:
+    """Flips, turns and zoom for a view of this size."""
     spacing = np.asarray(case.spacing)
     free = np.ones(3, bool)  # axes about which to turn, and axes in the plane of a zoom
     zoomed = np.ones(3, bool)
@@ -105,9 +137,24 @@ def draw_affine(case: Case, size: Size, settings: SpatialSettings, rng: np.rando
         degrees = np.where(free, rng.uniform(-settings.degrees, settings.degrees, 3), 0.0)
     if rng.random() < settings.zoom:
         zoom[zoomed] = rng.uniform(*settings.zoom_range)
-    return view_to_case(
-        size, draw_centre(case.shape, size, zoom, rng), flips=flips, degrees=degrees, zoom=zoom, spacing=spacing
-    )
+    return Pose(flips, _draw_quarters(spacing, size, settings.rot90, rng), degrees, zoom)
+
+
+def _draw_quarters(spacing: np.ndarray, size: Size, probability: Triple, rng: np.random.Generator) -> np.ndarray | None:
+    if not any(probability):
+        return None
+    counts = np.where(rng.random(3) < probability, rng.integers(1, 4, 3), 0)
+    for axis in range(3):
+        first, second = (other for other in range(3) if other != axis)
+        if size[first] != size[second] or abs(spacing[first] / spacing[second] - 1) > 0.01:
+            counts[axis] = 0
+    return quarter_turns(counts) if counts.any() else None
+
+
+def draw_affine(case: Case, size: Size, settings: SpatialSettings, rng: np.random.Generator) -> Affine:
+    """A place, flips, turns and zoom for a view of this size: view voxel -> case voxel."""
+    pose = draw_pose(case, size, settings, rng)
+    return pose.affine(case, size, draw_centre(case.shape, size, pose.zoom, rng))
 
 
 def draw_centre(shape: Size, size: Size, zoom: np.ndarray, rng: np.random.Generator) -> np.ndarray:
