@@ -150,7 +150,7 @@ def test_slabs_leave_no_seam(folder, monkeypatch):
     (whole,) = cut_views(batch, CPU)
     monkeypatch.setattr("nnssl_ext.views.cut.SLAB", 3 * 3 * SIZE[1] * SIZE[2])  # 3 planes of 3 samples; 16 = 5 * 3 + 1
     (slabs,) = cut_views(batch, CPU)
-    torch.testing.assert_close(slabs.voxels, whole.voxels, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(slabs.voxels, whole.voxels, atol=1e-3, rtol=0)  # a seam would be off by a voxel
 
 
 def test_zero_strength_is_the_identity(folder):
@@ -172,7 +172,7 @@ def test_a_crop_anywhere_even_outside_is_padded_with_zeros(lower, flip):
     region, size = torch.rand(1, 2, 10, 10, 10) + 1, (4, 6, 5)
     centre = np.array([lower + 1.5, 2 + 2.5, 3 + 2.0])
     affine = view_to_case(size, centre, flips=(flip, False, flip))
-    view = resample(region, affine[None], np.zeros((1, 3), int), size)[0]
+    view = resample(region, affine[None, None], np.zeros((1, 3), int), size)[0, 0]
     padded = np.pad(region[0].numpy(), ((0, 0), (60, 60), (0, 0), (0, 0)))
     expected = padded[:, lower + 60 : lower + 64, 2:8, 3:8]
     np.testing.assert_array_equal(view, expected[:, ::-1, :, ::-1] if flip else expected)

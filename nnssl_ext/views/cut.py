@@ -19,53 +19,70 @@ from nnssl_ext.views.augment import augment
 
 SLAB = 2**19
 """Voxels resampled at a time: their coordinates (6 MB) stay in cache and need no memory of three times the views."""
+GPU_SLAB = 2**24
+"""The same on a GPU (200 MB), which wants few launches rather than a warm cache."""
 
 
 def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
     """The views that the batch's draws describe, cut and augmented on `device`, masks attached.
 
-    Flip, rotation, zoom and crop are one linear resampling; plain crops and flips are copied without interpolation.
+    Flip, turn, rotation, zoom and crop are one linear resampling, shared by all views of one size; plain crops are copied
+    without interpolation.
     """
     regions = batch.voxels.to(device, non_blocking=True)
     lower = batch.lower.numpy()
     case_shape, spacing = batch.case_shape.to(device), batch.spacing.to(device)
-    views = []
-    for draws in zip(*batch.draws, strict=True):  # one tuple per view, one draw per sample
-        affines = np.stack([draw.affine for draw in draws])
-        voxels = resample(regions, affines, lower, draws[0].size)
-        views.append(
-            View(
-                voxels=augment(voxels, [draw.intensity for draw in draws]),
-                affine=torch.from_numpy(affines).float().to(device),
+    by_view = list(zip(*batch.draws, strict=True))  # per view, one draw per sample
+    views: dict[int, View] = {}
+    for size in dict.fromkeys(draws[0].size for draws in by_view):
+        numbers = [number for number, draws in enumerate(by_view) if draws[0].size == size]
+        affines = np.stack([[draw.affine for draw in by_view[number]] for number in numbers])
+        voxels = resample(regions, affines, lower, size)
+        voxels = augment(voxels.flatten(0, 1), [draw.intensity for number in numbers for draw in by_view[number]])
+        for number, cut, matrices in zip(
+            numbers,
+            voxels.unflatten(0, affines.shape[:2]),
+            torch.from_numpy(affines).float().to(device, non_blocking=True),
+            strict=True,
+        ):
+            draws = by_view[number]
+            views[number] = View(
+                voxels=cut,
+                affine=matrices,
                 case_shape=case_shape,
                 spacing=spacing,
                 cases=batch.cases,
                 mask=_masks(draws),
                 applied=tuple({**draw.facts, **draw.intensity} for draw in draws),
             )
-        )
-    return tuple(views)
+    return tuple(views[number] for number in range(len(by_view)))
 
 
 def resample(
     regions: Float[Tensor, "B C z y x"],
-    affines: Float[np.ndarray, "B 4 4"],
+    affines: Float[np.ndarray, "V B 4 4"],
     lower: Int[np.ndarray, "B 3"],
     size: Size,
-) -> Float[Tensor, "B C Z Y X"]:
-    """Linear resampling of regions that begin at case voxel `lower`, by affines view voxel -> case voxel; 0 outside."""
+) -> Float[Tensor, "V B C Z Y X"]:
+    """Linear resampling of regions that begin at case voxel `lower`, by affines view voxel -> case voxel; 0 outside.
+
+    A sample is interpolated, all its views in one go, unless all of them are plain crops.
+    """
     affines = affines.copy()
-    affines[:, :3, 3] -= lower
-    views = regions.new_empty(*regions.shape[:2], *size)
-    crops = [row for row, matrix in enumerate(affines) if is_integer(matrix)]
-    others = [row for row in range(len(affines)) if row not in crops]
+    affines[..., :3, 3] -= lower
+    views = regions.new_empty(len(affines), *regions.shape[:2], *size)
+    crops = [row for row in range(len(regions)) if all(map(is_integer, affines[:, row]))]
+    others = [row for row in range(len(regions)) if row not in crops]
     for row in crops:
-        _copy_crop(regions[row], np.rint(affines[row]).astype(int), views[row])
+        for matrix, view in zip(affines[:, row], views[:, row], strict=True):
+            _copy_crop(regions[row], np.rint(matrix).astype(int), view)
     if others:
-        sources = regions if len(others) == len(affines) else regions[others]
-        for first, grid in _sampling_grids(affines[others], size, sources):
-            slab = F.grid_sample(sources, grid, align_corners=False)
-            views[others, :, first : first + grid.shape[1]] = slab
+        sources = regions if len(others) == len(regions) else regions[others]
+        for first, grid in _sampling_grids(affines[:, others], size, sources):
+            # One sample's views one behind the other, as planes of one grid: its region then needs no copies.
+            slab = F.grid_sample(sources, grid.flatten(1, 2), align_corners=False)
+            slab = slab.unflatten(2, grid.shape[1:3]).movedim(2, 0)
+            views[:, others, :, first : first + grid.shape[2]] = slab
     return views
 
 
@@ -90,20 +107,26 @@ def _copy_crop(
 
 
 def _sampling_grids(
-    affines: Float[np.ndarray, "B 4 4"], size: Size, regions: Float[Tensor, "B C z y x"]
-) -> Iterator[tuple[int, Float[Tensor, "B Z Y X 3"]]]:
+    affines: Float[np.ndarray, "V B 4 4"], size: Size, regions: Float[Tensor, "B C z y x"]
+) -> Iterator[tuple[int, Float[Tensor, "B V Z Y X 3"]]]:
     """First plane and `grid_sample` coordinates of successive slabs of the views.
 
     `grid_sample` wants x, y, z order, and -1 and 1 at the outer faces of the outermost voxels.
     """
     lengths = np.asarray(regions.shape[2:], float)
     normalise = affine(np.diag(2 / lengths), 1 / lengths - 1)
-    planes = max(1, SLAB // (len(affines) * size[1] * size[2]))
+    count = affines.shape[0] * affines.shape[1]
+    voxels = SLAB if regions.device.type == "cpu" else GPU_SLAB
+    planes = max(1, voxels // (count * size[1] * size[2]))
+    by_sample = affines.swapaxes(0, 1)
     for first in range(0, size[0], planes):
         shift = affine(np.eye(3), (first, 0, 0))
-        matrices = (normalise @ affines @ shift)[:, [2, 1, 0, 3]]
-        depth = min(planes, size[0] - first)
-        yield first, coordinates(torch.from_numpy(matrices).float().to(regions.device), (depth, size[1], size[2]))
+        matrices = (normalise @ by_sample @ shift)[..., [2, 1, 0, 3], :]
+        grid = coordinates(
+            torch.from_numpy(matrices.reshape(count, 4, 4)).float().to(regions.device),
+            (min(planes, size[0] - first), size[1], size[2]),
+        )
+        yield first, grid.unflatten(0, by_sample.shape[:2])
 
 
 def _masks(draws: tuple[ViewDraw, ...]) -> Tensor | None:
