@@ -17,6 +17,6 @@ except (ImportError, OSError, RuntimeError):
 
 from dynamic_network_architectures.building_blocks.eva import Eva
 from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchEmbed
-from timm.layers import build_rotary_pos_embed
+from timm.layers import DropPath, build_rotary_pos_embed
 
-__all__ = ["Eva", "PatchEmbed", "build_rotary_pos_embed"]
+__all__ = ["DropPath", "Eva", "PatchEmbed", "build_rotary_pos_embed"]

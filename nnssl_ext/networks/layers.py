@@ -52,7 +52,7 @@ def set_stochastic_depth(backbone: Backbone, rate: float) -> None:
     Raises:
         NnsslError: a backbone without transformer blocks.
     """
-    from timm.layers import DropPath
+    from nnssl_ext.networks._timm import DropPath  # slow to import, and convolutional networks do not need it
 
     blocks = getattr(getattr(backbone.network, "eva", None), "blocks", None)
     if blocks is None:

@@ -14,15 +14,15 @@ class EMATeacher(nn.Module):
     depth stay off in it whatever ``train()`` is called on.
 
     Args:
-        student: a module or a ``ModuleDict`` of several; it is copied, not kept.
+        student: its parts by name; they are copied, not kept.
 
     Attributes:
-        network: the copy.
+        parts: the copies.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.ModuleDict) -> None:
         super().__init__()
-        self.network = copy.deepcopy(student).requires_grad_(False)
+        self.parts = copy.deepcopy(student).requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> EMATeacher:
@@ -31,19 +31,20 @@ class EMATeacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def move(self, student: nn.Module, momentum: float) -> None:
+    def move(self, student: nn.ModuleDict, momentum: float) -> None:
         """``teacher = momentum * teacher + (1 - momentum) * student``, for what the student trains; buffers are copied."""
-        mine, theirs = _trained(self.network, student)
+        mine, theirs = _trained(self.parts, student)
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
-        for buffer, source in zip(self.network.buffers(), student.buffers(), strict=True):
+        for buffer, source in zip(self.parts.buffers(), student.buffers(), strict=True):
             buffer.copy_(source)
 
-    @torch.no_grad()
-    def distance(self, student: nn.Module) -> Float[Tensor, ""]:
-        """L2 distance to the student's trained weights, relative to their length; 0 = the same weights."""
-        mine, theirs = _trained(self.network, student)
-        apart = torch.stack(torch._foreach_norm(torch._foreach_sub(mine, theirs))).norm()
-        return apart / torch.stack(torch._foreach_norm(theirs)).norm()
+
+@torch.no_grad()
+def weight_distance(teacher: nn.Module, student: nn.Module) -> Float[Tensor, ""]:
+    """L2 distance between what the student trains and the teacher's copy of it, relative to its length; 0 = the same."""
+    mine, theirs = _trained(teacher, student)
+    apart = torch.stack(torch._foreach_norm(torch._foreach_sub(mine, theirs))).norm()
+    return apart / torch.stack(torch._foreach_norm(theirs)).norm()
 
 
 def _trained(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

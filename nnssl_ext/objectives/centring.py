@@ -70,16 +70,16 @@ class TeacherTargets(nn.Module):
         self.register_buffer("seen", torch.zeros(prototypes + 1), persistent=False)  # sum of logits, and their number
 
     @torch.no_grad()
-    def forward(self, logits: Float[Tensor, "N K"], temperature: float | Float[Tensor, ""]) -> Float[Tensor, "N K"]:
+    def forward(self, logits: Float[Tensor, "*n K"], temperature: float | Float[Tensor, ""]) -> Float[Tensor, "*n K"]:
         """The probabilities; takes note of the logits for the centre."""
+        leading, logits = logits.shape[:-1], logits.flatten(0, -2).float()
         if self.centring == "sinkhorn":
-            return sinkhorn_knopp(logits, temperature)
-        logits = logits.float()
+            return sinkhorn_knopp(logits, temperature).unflatten(0, leading)
         if self.centring == "centre":
             seen = torch.cat([logits.sum(dim=0), logits.new_tensor([len(logits)])])
             # Summed over processes at once: DDP copies the first process's buffers to the others before every pass.
             self.seen += sum_over_processes(seen)
-        return ((logits - self.centre) / temperature).softmax(dim=-1)
+        return ((logits - self.centre) / temperature).softmax(dim=-1).unflatten(0, leading)
 
     def before_step(self) -> None:
         """Forget what an unfinished step saw."""

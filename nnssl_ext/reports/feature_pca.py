@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from nnssl_ext.records import Size
+from nnssl_ext.contracts import Backbone
+from nnssl_ext.records import Size, View
 
 WINDOW = (0.02, 0.98)
 """Quantiles of a component shown as no and full colour."""
@@ -45,6 +46,25 @@ def pca_rgb(
         share = share.unflatten(0, (m.shape[0], *m.shape[2:])).movedim(-1, 1)
         volumes.append((255 * functional.interpolate(share, size=size, mode="nearest")).round().to(torch.uint8))
     return tuple(volumes)
+
+
+@torch.no_grad()
+def feature_pictures(
+    backbone: Backbone, views: Sequence[View], level: int = -1
+) -> dict[str, Shaped[Tensor, "_B _C _Z _Y _X"]]:
+    """Views, each followed by one of its feature maps as colours that mean the same in all views."""
+    maps = [backbone.forward_features(view.voxels).levels[level] for view in views]
+    colours = pca_rgb(maps, [_size(view) for view in views])
+    named = [
+        ((f"crop {number}", view.voxels), (f"features {number}", colour))
+        for number, (view, colour) in enumerate(zip(views, colours, strict=True), start=1)
+    ]
+    return dict(item for pair in named for item in pair)
+
+
+def _size(view: View) -> Size:
+    z, y, x = view.voxels.shape[2:]
+    return z, y, x
 
 
 def _components(centred: Float[Tensor, "N C"]) -> Float[Tensor, "C 3"]:

@@ -1,0 +1,82 @@
+"""What self-distillation methods let users say about their crops and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.records import Size
+from nnssl_ext.views.masks import TokenMaskSettings
+from nnssl_ext.views.multi_crop import GLOBAL_SCALE, LOCAL_SCALE, CropScale, MultiCrop
+from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
+
+TURNS = SpatialSettings(flip=(0.3, 0.3, 0.3), rot90=(0.3, 0.3, 0.3), rotation=0.0, zoom=0.0)
+"""3DINO's flips and right-angled turns; the scale of a crop already zooms."""
+
+SMALL_GLOBAL, SMALL_LOCAL = 24, 12
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """Crops, masks and augmentations of a self-distillation method; the defaults are 3DINO's.
+
+    Attributes:
+        global_crop, local_crop: voxels z, y, x; None = the plans'.
+        global_views, local_views: how many of each.
+        global_scale, local_scale: what shares of the field of view they show.
+        mask_share: share of the global crops in which tokens are hidden.
+        mask_ratio: range of the share of tokens hidden there.
+        mask_shape: hide ``random`` tokens or ``block`` after block of them.
+        spatial: flips and turns.
+        intensity: nnU-Net's intensity augmentations, on every crop.
+    """
+
+    global_crop: tuple[int, int, int] | None = None
+    local_crop: tuple[int, int, int] | None = None
+    global_views: int = 2
+    local_views: int = 8
+    global_scale: CropScale = GLOBAL_SCALE
+    local_scale: CropScale = LOCAL_SCALE
+    mask_share: float = 0.5
+    mask_ratio: tuple[float, float] = (0.2, 0.75)
+    mask_shape: Literal["random", "block"] = "random"
+    spatial: SpatialSettings = TURNS
+    intensity: IntensitySettings = field(default_factory=IntensitySettings)
+
+    def __post_init__(self) -> None:
+        if self.global_views < 1 or self.local_views < 0 or self.global_views + self.local_views < 2:
+            raise NnsslError(
+                f"{self.global_views} global and {self.local_views} local crops give no pair to compare",
+                "use at least 2 global crops, or 1 and some local ones",
+            )
+
+    @classmethod
+    def small(cls, plan: PretrainPlan, **changes: Any) -> CropSettings:
+        """Crops for minutes on a CPU: of 24 and 12 voxels with tokens of 4 there are 216 and 27 tokens, as in 3DINO."""
+        global_crop, local_crop = (
+            (min(z, most), min(y, most), min(x, most))
+            for most, (z, y, x) in ((SMALL_GLOBAL, plan.global_crop), (SMALL_LOCAL, plan.local_crop))
+        )
+        return cls(global_crop=global_crop, local_crop=local_crop, **changes)
+
+    def policy(self, plan: PretrainPlan, cell: Size | None) -> MultiCrop:
+        """What to draw from a case.
+
+        Args:
+            plan: gives the sizes that are not set here.
+            cell: voxels that are hidden together, or None for no masks.
+        """
+        mask = None if cell is None else TokenMaskSettings(cell, self.mask_share, self.mask_ratio, self.mask_shape)
+        return MultiCrop(
+            global_size=self.global_crop or plan.global_crop,
+            local_size=self.local_crop or plan.local_crop,
+            globals_=self.global_views,
+            locals_=self.local_views,
+            global_scale=self.global_scale,
+            local_scale=self.local_scale,
+            mask=mask,
+            spatial=self.spatial,
+            intensity=(self.intensity,),
+        )
