@@ -8,7 +8,8 @@ from batchgeneratorsv2.transforms.intensity.gamma import GammaTransform
 from batchgeneratorsv2.transforms.spatial.low_resolution import SimulateLowResolutionTransform
 from scipy import ndimage
 
-from nnssl_ext.views.augment import AUGMENTATIONS, augment, separable
+from nnssl_ext.views.augment import AUGMENTATIONS, augment
+from nnssl_ext.views.filters import separable
 from nnssl_ext.views.policies import IntensitySettings, draw_intensity
 
 
@@ -70,7 +71,7 @@ def test_gamma_of_a_heavy_tailed_image_keeps_mean_and_std():
 
 def test_a_constant_image_stays_finite():
     for name in AUGMENTATIONS:
-        result = augment(torch.zeros(1, 1, 8, 8, 8), [{name: 0.8, "noise_seed": 3.0}])
+        result = augment(torch.zeros(1, 1, 8, 8, 8), [{name: 0.8, f"{name}_seed": 3.0}])
         assert torch.isfinite(result).all(), name
 
 
@@ -95,7 +96,7 @@ def test_only_the_drawn_samples_change_and_each_as_if_alone(images):
 def test_drawn_strengths_are_in_the_order_of_application():
     every = IntensitySettings(**dict.fromkeys(AUGMENTATIONS, 1.0))
     drawn = draw_intensity(every, np.random.default_rng(0))
-    assert [name for name in drawn if name != "noise_seed"] == list(AUGMENTATIONS)
+    assert [name for name in drawn if not name.endswith("_seed")] == list(AUGMENTATIONS)
 
 
 @pytest.mark.parametrize("band", [0, 3, 200])

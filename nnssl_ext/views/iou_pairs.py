@@ -139,7 +139,7 @@ class PairProblem:
 
     def iou_of(self, first: Corner, second: Corner) -> float:
         """Intersection over union of two crops."""
-        shared = int(self.voxels_shared(first, second))
+        shared = int(self.voxels_shared(first, second[None])[0])
         return shared / (2 * math.prod(self.size) - shared)
 
 
@@ -170,44 +170,50 @@ def draw_exact(problem: PairProblem, r1: int, rng: np.random.Generator) -> tuple
 class Partners:
     """All second crops that a first crop may be paired with, counted without listing them.
 
-    Along each axis the crops that share k voxels with the first are counted, k = 0 ... length. A pair of crops shares the
-    product of three such k, so for every k along z and along y the fitting k along x form an interval.
+    Along each axis the second crops that share k voxels with the first are counted, k = 0 ... length. Two crops share the
+    product of three such k, so for every pair of k along z and y the k along x that fit form an interval.
     """
 
     def __init__(self, problem: PairProblem, first: Corner) -> None:
-        self.problem, self.first = problem, first
-        self.low, self.high = problem.second_ends(first)
-        fewest, most = problem.shared
-        self.shared = []  # per axis: voxels shared by the second crops at each place, and how many places share k
-        counts = []
-        for axis, length in enumerate(problem.size):
-            places = np.arange(self.low[axis], self.high[axis] + 1)
-            shared = np.maximum(length - np.abs(places - first[axis]), 0)
-            self.shared.append(shared)
-            counts.append(np.bincount(shared, minlength=length + 1))
-        self.total = math.prod(len(shared) for shared in self.shared)
-        plane = np.multiply.outer(*map(np.arange, (len(counts[0]), len(counts[1]))))
-        length = problem.size[2]
-        with np.errstate(divide="ignore"):
-            self.least = np.where(plane > 0, -(-fewest // np.maximum(plane, 1)), 0 if fewest <= 0 else length + 1)
-        self.largest = np.where(plane > 0, np.minimum(most // np.maximum(plane, 1), length), length)
-        self.least = np.minimum(np.maximum(self.least, 0), length + 1)
-        below = np.concatenate([[0], np.cumsum(counts[2])])  # below[k]: places along x that share fewer than k voxels
-        along_x = np.maximum(below[self.largest + 1] - below[self.least], 0)
-        self.cumulative = np.cumsum(np.multiply.outer(counts[0], counts[1]) * along_x)
+        self.low, high = problem.second_ends(first)
+        self.shared = [
+            np.maximum(length - np.abs(np.arange(low, high + 1) - corner), 0)
+            for length, low, high, corner in zip(problem.size, self.low, high, first, strict=True)
+        ]
+        z, y, x = (np.bincount(k, minlength=length + 1) for k, length in zip(self.shared, problem.size, strict=True))
+        self.least, self.most = _fitting_along_x(problem.size, problem.shared)
+        fewer = np.concatenate([[0], np.cumsum(x)])  # fewer[k]: places along x that share fewer than k voxels
+        self.counts = np.multiply.outer(z, y) * (fewer[self.most + 1] - fewer[self.least])
 
     @property
     def share(self) -> float:
         """Share of the second crops that fit."""
-        return float(self.cumulative[-1]) / self.total
+        return float(self.counts.sum()) / math.prod(map(len, self.shared))
 
     def draw(self, rng: np.random.Generator) -> Corner:
         """One of the fitting second crops, all equally likely."""
-        cell = int(np.searchsorted(self.cumulative, rng.integers(self.cumulative[-1]), side="right"))
-        z, y = np.unravel_index(cell, self.least.shape)
-        x = self.shared[2]
-        wanted = (self.shared[0] == z, self.shared[1] == y, (x >= self.least[z, y]) & (x <= self.largest[z, y]))
-        return self.low + [rng.choice(np.flatnonzero(fits)) for fits in wanted]
+        cumulative = np.cumsum(self.counts)
+        cell = int(np.searchsorted(cumulative, rng.integers(cumulative[-1]), side="right"))
+        z, y = np.unravel_index(cell, self.counts.shape)
+        along_z, along_y, along_x = self.shared
+        fitting = (along_z == z, along_y == y, (along_x >= self.least[z, y]) & (along_x <= self.most[z, y]))
+        return self.low + [rng.choice(np.flatnonzero(places)) for places in fitting]
+
+
+Lengths = Int[np.ndarray, "z y"]
+
+
+@lru_cache(maxsize=16)
+def _fitting_along_x(size: Size, shared: tuple[int, int]) -> tuple[Lengths, Lengths]:
+    """The fewest and most voxels that must be shared along x, given those along z and y; most = fewest - 1 for none."""
+    fewest, most = shared
+    z, y, x = size
+    plane = np.multiply.outer(np.arange(z + 1), np.arange(y + 1))
+    apart = plane == 0
+    plane[apart] = 1
+    least = np.where(apart, 0, -(-fewest // plane))
+    largest = np.where(apart, x if fewest <= 0 else -1, np.minimum(most // plane, x))
+    return np.minimum(least, largest + 1), largest
 
 
 @lru_cache(maxsize=4096)

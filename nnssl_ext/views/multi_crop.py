@@ -6,7 +6,7 @@ Xu et al., "3DINO", arXiv:2501.11755: the share of the in-plane area and the sha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.records import Case, Size
 from nnssl_ext.views.masks import TokenMaskSettings, draw_token_masks
 from nnssl_ext.views.policies import IntensitySettings, Range, SpatialSettings, draw_intensity, draw_pose
+from nnssl_ext.views.recipes import DINO_SPATIAL
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ class MultiCrop:
     local_scale: CropScale = LOCAL_SCALE
     field_of_view: float = 1.5
     mask: TokenMaskSettings | None = None
-    spatial: SpatialSettings = field(
-        default_factory=lambda: SpatialSettings(flip=(0.3,) * 3, rot90=(0.3,) * 3, rotation=0.0, zoom=0.0)
-    )
+    spatial: SpatialSettings = DINO_SPATIAL
     intensity: tuple[IntensitySettings | None, ...] = ()
 
     def draw(self, case: Case, rng: np.random.Generator, quantile: float) -> tuple[ViewDraw, ...]:

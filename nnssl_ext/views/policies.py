@@ -14,6 +14,11 @@ from nnssl_ext.views.masks import MaskSettings, draw_mask
 ANISOTROPY = 3.0
 """Ratio of spacings beyond which rotation and zoom stay in the plane; nnU-Net's ANISO_THRESHOLD."""
 
+FACTORS = ("brightness", "contrast", "gamma_inverted", "gamma")
+"""Augmentations whose strength 1 changes nothing."""
+SEEDED = ("random_convolutions", "histogram_shift", "bias_field", "noise", "cutout")
+"""Augmentations that draw more than a strength, from a seed beside it."""
+
 Triple = tuple[float, float, float]
 Range = tuple[float, float]
 
@@ -53,6 +58,16 @@ class IntensitySettings:
         contrast, contrast_range: stretch about the mean, clamped to the former range.
         low_resolution, low_resolution_scale: sampling on a coarser grid and back.
         gamma_inverted, gamma, gamma_range: power law on the negative and on the image; mean and std are kept.
+
+    Not in nnU-Net, and off (see `nnssl_ext.views.corruptions`):
+        random_convolutions, random_convolutions_alpha: mixing with a random network's output; for shapes that survive a
+            change of modality.
+        histogram_shift, histogram_shift_extent: random monotone tone curve.
+        bias_field, bias_field_extent: smooth multiplicative field. 0.5: TorchIO.
+        sharpen, sharpen_amount: unsharp masking.
+        shift, shift_range: addition, in units of the normalised intensity.
+        gibbs, gibbs_extent: ringing; 0.42 keeps exactly the frequencies below Nyquist's in every direction.
+        cutout, cutout_share: boxes replaced by the mean. At most 0.3: Swin UNETR's pretraining.
     """
 
     noise: float = 0.1
@@ -68,6 +83,20 @@ class IntensitySettings:
     gamma_inverted: float = 0.1
     gamma: float = 0.3
     gamma_range: Range = (0.7, 1.5)
+    random_convolutions: float = 0.0
+    random_convolutions_alpha: Range = (0.0, 1.0)
+    histogram_shift: float = 0.0
+    histogram_shift_extent: Range = (0.0, 1.0)
+    bias_field: float = 0.0
+    bias_field_extent: Range = (0.0, 0.5)
+    sharpen: float = 0.0
+    sharpen_amount: Range = (0.5, 2.0)
+    shift: float = 0.0
+    shift_range: Range = (-0.5, 0.5)
+    gibbs: float = 0.0
+    gibbs_extent: Range = (0.0, 0.6)
+    cutout: float = 0.0
+    cutout_share: Range = (0.0, 0.3)
 
 
 @dataclass(frozen=True)
@@ -173,21 +202,28 @@ def draw_centre(shape: Size, size: Size, zoom: np.ndarray, rng: np.random.Genera
 def draw_intensity(settings: IntensitySettings, rng: np.random.Generator) -> dict[str, float]:
     """Augmentation -> strength for one view, in the order of application; what is not drawn is not applied."""
     ranges: dict[str, Range] = {
+        "random_convolutions": settings.random_convolutions_alpha,
+        "histogram_shift": settings.histogram_shift_extent,
+        "bias_field": settings.bias_field_extent,
         "noise": settings.noise_std,
         "blur": settings.blur_sigma,
+        "sharpen": settings.sharpen_amount,
         "brightness": settings.brightness_range,
+        "shift": settings.shift_range,
         "contrast": settings.contrast_range,
         "low_resolution": settings.low_resolution_scale,
         "gamma_inverted": settings.gamma_range,
         "gamma": settings.gamma_range,
+        "gibbs": settings.gibbs_extent,
+        "cutout": settings.cutout_share,
     }
     drawn: dict[str, float] = {}
     for name, (low, high) in ranges.items():
-        if rng.random() >= getattr(settings, name):
+        if not (probability := getattr(settings, name)) or rng.random() >= probability:
             continue
-        if low < 1.0 < high:  # factors: below and above 1 equally often
+        if name in FACTORS and low < 1.0 < high:  # below and above 1 equally often
             low, high = (low, 1.0) if rng.random() < 0.5 else (1.0, high)
         drawn[name] = float(rng.uniform(low, high))
-        if name == "noise":
-            drawn["noise_seed"] = float(rng.integers(2**31))
+        if name in SEEDED:
+            drawn[f"{name}_seed"] = float(rng.integers(2**31))
     return drawn
