@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl_ext.checkpoints.tensors import change_channels, interpolate_positions, pad_kernel
+from nnssl_ext.checkpoints.tensors import change_channels, interpolate_positions, pad_kernel, resize_token_kernel
 
 
 def test_positions_between_two_tokens_by_hand():
@@ -55,3 +55,28 @@ def test_padded_kernels_see_the_same_voxels(old, new, stride):
 def test_kernels_that_would_lose_weights_are_refused(size):
     with pytest.raises(ValueError, match="cannot be padded"):
         pad_kernel(torch.zeros(1, 1, 3, 3, 3), size)
+
+
+def test_larger_tokens_answer_an_enlarged_image_exactly():
+    image, kernel = torch.randn(2, 3, 4, 8, 4), torch.randn(5, 3, 2, 4, 4)
+    larger = resize_token_kernel(kernel, (4, 8, 4))
+    patches = image.unfold(2, 2, 2).unfold(3, 4, 4).unfold(4, 4, 4)  # (B, C, z, y, x, 2, 4, 4)
+    flat = patches.permute(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, 3, 2, 4, 4)
+    enlarged = F.interpolate(
+        flat, size=(4, 8, 4), mode="trilinear"
+    )  # each patch on its own, as the rule is for patches
+    before = F.conv3d(flat, kernel, stride=(2, 4, 4))
+    after = F.conv3d(enlarged, larger, stride=(4, 8, 4))
+    assert torch.allclose(before, after, atol=1e-4)
+
+
+def test_smaller_tokens_answer_images_of_constant_blocks_exactly():
+    blocks, kernel = torch.randn(2, 3, 2, 4, 4), torch.randn(5, 3, 4, 8, 4)
+    image = blocks.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(F.conv3d(image, kernel), F.conv3d(blocks, resize_token_kernel(kernel, (2, 4, 4))), atol=1e-4)
+
+
+def test_smaller_tokens_add_up_blocks():
+    kernel = torch.arange(4.0).reshape(1, 1, 1, 1, 4)
+    assert resize_token_kernel(kernel, (1, 1, 2)).flatten().tolist() == pytest.approx([1.0, 5.0])
+    assert torch.equal(resize_token_kernel(kernel, (1, 1, 4)), kernel)

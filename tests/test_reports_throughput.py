@@ -52,7 +52,7 @@ def test_phases_do_what_a_training_step_does(tmp_path, monkeypatch):
     weights = []
     for by_phase in (False, True):
         job = replace(job_of("ResEncTiny", tmp_path / str(by_phase)), output=tmp_path)
-        parts = throughput.assemble(throughput.launch(job.run), job)
+        parts = throughput.assemble(throughput.launch(job.run), job, throughput.build_method(job))
         batch = next(
             iter(
                 throughput.make_loader(job.cases, parts.method.view_policy, seed=0, start_step=0, steps=1, batch_size=1)
@@ -93,8 +93,8 @@ def test_the_comparison_encodes_a_quarter_and_all_of_the_tokens(tmp_path, monkey
     seen = []
     parts_of = throughput.assemble
 
-    def watched(fabric, job):
-        parts = parts_of(fabric, job)
+    def watched(fabric, job, method):
+        parts = parts_of(fabric, job, method)
         block = parts.method.backbone.network.eva.blocks[0]
         block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1]))
         return parts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class Pretrained:
         citations: in nnssl's format.
         about: settings, data and progress, as `schema` has them; nothing of nnssl's data listing, which names patients.
         notes: what the reader had to repair or assume, one sentence each.
+        method_state: the pretraining method's own state (heads, teacher, mask token and the network once more), which only
+            a ``checkpoint_latest.pth`` of ours holds.
     """
 
     origin: str
@@ -48,6 +50,7 @@ class Pretrained:
     citations: list[dict[str, Any]]
     about: dict[str, Any]
     notes: tuple[str, ...] = ()
+    method_state: dict[str, Tensor] = field(default_factory=dict)
 
     def __str__(self) -> str:
         network = self.architecture["network_class_name"].rsplit(".", 1)[-1]
@@ -81,4 +84,5 @@ def from_ours(content: dict[str, Any], origin: str) -> Pretrained:
         batch_size=int(found["batch_size"]),
         citations=content["citations"],
         about={name: ours[name] for name in ("settings", "data", "progress")},
+        method_state=content.get("resume", {}).get("method", {}),
     )

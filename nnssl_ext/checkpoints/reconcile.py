@@ -36,8 +36,13 @@ PER_STAGE = ("features_per_stage", "n_blocks_per_stage", "n_conv_per_stage", "st
 REMEDY = "leave -p away to plan the target with the checkpoint's own architecture, or plan it with the planner of the checkpoint"
 
 
-def reconcile(source: Mapping[str, Any], target: Mapping[str, Any], origin: str, plans_name: str) -> None:
+def reconcile(
+    source: Mapping[str, Any], target: Mapping[str, Any], origin: str, plans_name: str, resize_tokens: bool = False
+) -> None:
     """Compare the ``architecture`` entries of checkpoint and target plans.
+
+    Args:
+        resize_tokens: let tokens differ in size, which is not exact.
 
     Raises:
         NnsslError: the encoders differ in a way that no exact change of weights bridges; every difference is named.
@@ -45,15 +50,16 @@ def reconcile(source: Mapping[str, Any], target: Mapping[str, Any], origin: str,
     ours, theirs = (a["network_class_name"].rsplit(".", 1)[-1] for a in (source, target))
     if ours != theirs:
         raise NnsslError(f"{origin} holds a {ours}, plans {plans_name} build a {theirs}", REMEDY)
-    compare = _primus_differences if ours == "SegmentationPrimus" else _unet_differences
-    differences = compare(source["arch_kwargs"], target["arch_kwargs"])
+    old, new = source["arch_kwargs"], target["arch_kwargs"]
+    primus = ours == "SegmentationPrimus"
+    differences = _primus_differences(old, new, resize_tokens) if primus else _unet_differences(old, new)
     if differences:
         raise NnsslError(f"{origin} does not fit plans {plans_name}: " + "; ".join(differences), REMEDY)
 
 
-def _primus_differences(source: Mapping[str, Any], target: Mapping[str, Any]) -> list[str]:
+def _primus_differences(source: Mapping[str, Any], target: Mapping[str, Any], resize_tokens: bool) -> list[str]:
     found = _unequal(SAME_PRIMUS, source, target)
-    if token_size(source) != token_size(target):
+    if token_size(source) != token_size(target) and not resize_tokens:
         found.append(f"tokens are {token_size(source)} voxels in the checkpoint, {token_size(target)} in the plans")
     return found
 

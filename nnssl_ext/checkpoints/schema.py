@@ -60,7 +60,7 @@ SCHEMA = (
     Entry(
         "nnssl_ext.adapted_from",
         dict,
-        "by nnssl_adapt: file, kind, method, patch_size, input_channels of the source",
+        "by nnssl_adapt and nnssl_train: file, kind, method, patch_size, input_channels of the source",
         False,
     ),
     Entry("resume", dict, "optimiser, random states and method state (checkpoint_latest.pth only)", False),

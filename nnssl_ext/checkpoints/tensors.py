@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
@@ -52,3 +53,23 @@ def pad_kernel(kernel: Float[Tensor, "O I Z Y X"], size: Sequence[int]) -> Float
         raise ValueError(f"a kernel of {given} cannot be padded to {tuple(size)}")
     rims = [(new - old) // 2 for new, old in zip(size, given, strict=True)]
     return F.pad(kernel, [rim for axis in reversed(rims) for rim in (axis, axis)])
+
+
+def resize_token_kernel(kernel: Float[Tensor, "O I _Z _Y _X"], size: Sequence[int]) -> Float[Tensor, "O I _z _y _x"]:
+    """A patch embedding for tokens of other edges: FlexiViT's pseudo-inverse resize (arXiv:2212.08013), axis by axis.
+
+    Among all kernels of the new size, this one's response to an image resized by the same factor comes nearest to the old
+    response to the image itself. Growing tokens (linear interpolation) keeps it exactly; shrinking ones (block means) keeps
+    it for images that are constant within each block.
+
+    Args:
+        size: voxels per token along z, y, x.
+    """
+    for axis, (old, new) in enumerate(zip(tuple(kernel.shape[2:]), size, strict=True), start=2):
+        if new == old:
+            continue
+        identity = torch.eye(old, dtype=torch.float64)[None]
+        resize = F.interpolate(identity, size=new, mode="linear" if new > old else "area")[0].T  # (new, old)
+        weights = torch.linalg.pinv(resize.T).to(kernel)  # (new, old)
+        kernel = torch.tensordot(kernel, weights, dims=([axis], [1])).movedim(-1, axis)
+    return kernel.contiguous()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nnssl_ext.checkpoints.adaptation_plan import token_grid
+from nnssl_ext.checkpoints.adaptation_plan import token_grid, token_size
 from nnssl_ext.checkpoints.aliases import alias_groups
 from nnssl_ext.checkpoints.pretrained import Pretrained
 from nnssl_ext.checkpoints.reconcile import REMEDY, reconcile
-from nnssl_ext.checkpoints.tensors import change_channels, interpolate_positions, pad_kernel
+from nnssl_ext.checkpoints.tensors import change_channels, interpolate_positions, pad_kernel, resize_token_kernel
 from nnssl_ext.errors import NnsslError
 
 if TYPE_CHECKING:
@@ -83,7 +83,12 @@ class TransferTable:
 
 
 def transfer(
-    source: Pretrained, target: Any, architecture: Mapping[str, Any], input_channels: int, plans_name: str
+    source: Pretrained,
+    target: Any,
+    architecture: Mapping[str, Any],
+    input_channels: int,
+    plans_name: str,
+    resize_tokens: bool = False,
 ) -> TransferTable:
     """Fill a freshly initialised network in place.
 
@@ -95,11 +100,12 @@ def transfer(
         architecture: the target plans' entry.
         input_channels: image channels of `target`.
         plans_name: for messages.
+        resize_tokens: resize a patch embedding to tokens of another size, for further pretraining.
 
     Raises:
         NnsslError: the encoders do not fit; all differences are named, nothing was changed.
     """
-    reconcile(source.architecture, architecture, source.origin, plans_name)
+    reconcile(source.architecture, architecture, source.origin, plans_name, resize_tokens)
     state: dict[str, Tensor] = target.state_dict()
     planned = [_plan(source, names, state[names[0]], target, architecture) for names in alias_groups(state)]
     misfits = [row for row, _ in planned if row.why == MISFIT and not row.key.startswith("decoder.")]
@@ -140,6 +146,8 @@ def _plan(
         return row(
             "new", f"the checkpoint's decoder belongs to {old.get('n_stages')} stages, not {new.get('n_stages')}"
         ), None
+    if key.startswith("decoder.") and hasattr(target, "token_size") and token_size(old) != token_size(new):
+        return row("new", f"the checkpoint's decoder belongs to tokens of {token_size(old)} voxels"), None
     if value is None:
         return row("new", "not in the checkpoint"), None
     if found in source.not_pretrained:
@@ -151,6 +159,9 @@ def _plan(
     if key.removesuffix(".weight") in target.keys_to_in_proj and value.shape[1] != needed[1]:
         value = change_channels(value, needed[1])
         reasons.append(f"channels {source.input_channels} -> {needed[1]}: their sum, divided evenly")
+    if key == f"{target.key_to_stem}.proj.weight" and value.shape[2:] != needed[2:]:
+        value = resize_token_kernel(value, needed[2:])
+        reasons.append(f"tokens resized from {token_size(old)} to {token_size(new)} voxels")
     if value.shape[:2] == needed[:2] and value.shape[2:] != needed[2:] and _can_pad(value, needed, key, target):
         reasons.append(f"kernel {tuple(value.shape[2:])} padded with zeros")
         value = pad_kernel(value, needed[2:])

@@ -36,6 +36,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu")
     p.add_argument("-num_gpus", type=int, default=1, help="processes on this computer, one per GPU (default: 1)")
     p.add_argument("--c", action="store_true", help="continue the run in the results folder; start it if there is none")
+    p.add_argument(
+        "-pretrained_weights",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="start from the weights of this pretraining run, with schedules of its own: larger crops and smaller tokens are "
+        "adapted to; its checkpoint_latest.pth also gives heads and mask token",
+    )
+    p.add_argument("--name", help="run of its own beside others with the same method and plans: ends its folder's name")
     p.add_argument("--batch_size", type=int, help="cases per step and process (default: the plans')")
     p.add_argument("--seed", type=int, default=0, help="initial weights, batches, views and masks (default: 0)")
     p.add_argument("--cases", type=Path, help="JSON list, or text file with one case a line: learn from these only")
@@ -100,13 +108,14 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
             compile=args.compile,
             max_skipped=args.max_skipped,
             picture_epochs=args.picture_epochs,
+            pretrained_weights=str(args.pretrained_weights) if args.pretrained_weights else None,
             tracker=args.tracker,
         ),
         dataset=dataset,
         plans=plans,
         plan=plan,
         cases=tuple(list_cases(data_folder(dataset, plans, args.configuration), plan.spacing, only)),
-        output=run_folder(dataset, args.tr, plan),
+        output=run_folder(dataset, args.tr, plan, args.name),
     )
 
 

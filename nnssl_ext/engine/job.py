@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -88,9 +89,16 @@ def data_folder(dataset: str, plans: dict[str, Any], configuration: str) -> Path
     return preprocessed_folder(dataset) / str(configuration_of(plans, configuration)["data_identifier"])
 
 
-def run_folder(dataset: str, method: str, plan: PretrainPlan) -> Path:
-    """``nnssl_results/DatasetXXX_Name/Method__Plans__configuration``."""
-    return folder("nnssl_results") / dataset / f"{method}__{plan.plans_name}__{plan.configuration}"
+def run_folder(dataset: str, method: str, plan: PretrainPlan, name: str | None = None) -> Path:
+    """``nnssl_results/DatasetXXX_Name/Method__Plans__configuration``, and ``__name`` where a run has one of its own.
+
+    Raises:
+        NnsslError: a name that cannot be part of a folder name.
+    """
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise NnsslError(f"--name '{name}' cannot be part of a folder name", "use letters, digits, '.', '_' and '-'")
+    suffix = "" if name is None else f"__{name}"
+    return folder("nnssl_results") / dataset / f"{method}__{plan.plans_name}__{plan.configuration}{suffix}"
 
 
 def prepare(job: Job, resume: bool) -> bool:
@@ -107,7 +115,7 @@ def prepare(job: Job, resume: bool) -> bool:
     """
     latest = job.output / LATEST
     if latest.exists() and not resume:
-        raise NnsslError(f"{job.output} already holds a run", "add --c to continue it, or move the folder away")
+        raise NnsslError(f"{job.output} already holds a run", "add --c to continue it, or --name for another run")
     if latest.exists():
         _refuse_changes(read_json(job.output / "settings.json"), job)
     elif job.output.exists():
@@ -132,7 +140,7 @@ def _refuse_changes(before: dict[str, Any], job: Job) -> None:
     if changed:
         raise NnsslError(
             f"cannot continue {job.output}: its settings differ ({'; '.join(changed)})",
-            "repeat the original settings, or start a new run in another results folder",
+            "repeat the original settings, or start another run with --name",
         )
 
 

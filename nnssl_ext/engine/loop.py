@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, cast
+from itertools import islice, product
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from nnssl_ext.catalogue import load_method
 from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.contracts import Method, Monitor
 from nnssl_ext.data.loader import RegionBatch, make_loader
@@ -21,13 +21,14 @@ from nnssl_ext.engine.devices import launch
 from nnssl_ext.engine.faults import Faults
 from nnssl_ext.engine.job import BEST, FINAL, LATEST, Job, prepare
 from nnssl_ext.engine.log import TrainingLog, open_tracker
+from nnssl_ext.engine.method import Beginning, begin, build_method
 from nnssl_ext.engine.optim import Schedule, build_optimizer
 from nnssl_ext.engine.pictures import draw_pictures
 from nnssl_ext.engine.signals import StopRequest, stop_on_signal
 from nnssl_ext.engine.state import TrainState, data_seed, export, load_latest, save_latest
 from nnssl_ext.engine.step import Parts, StepGraph, optimizer_step
-from nnssl_ext.monitors.representation import RepresentationMonitor
-from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.files import write_json
+from nnssl_ext.monitors.standard import standard_monitors
 from nnssl_ext.records import Step
 
 SUMMED = "summed_steps"
@@ -43,23 +44,9 @@ class Watch:
     stop: StopRequest
 
 
-def build_method(job: Job) -> Any:
-    """The method of a job with its backbone, initialised by the job's seed.
-
-    Parts of the network that the method does not train are frozen: data-parallel training waits for a gradient of every
-    parameter that may have one.
-    """
-    torch.manual_seed(job.run.seed)
-    backbone = build_backbone(job.plans, job.plan.configuration, job.plan.channels)
-    method = load_method(job.method)(job.settings, backbone, job.plan)
-    for name, parameter in backbone.network.named_parameters():
-        parameter.requires_grad_(name.startswith(method.pretrained_prefixes))
-    return method
-
-
-def assemble(fabric: Fabric, job: Job) -> Parts:
+def assemble(fabric: Fabric, job: Job, method: nn.Module) -> Parts:
     """The method, its optimiser and their wrapping for this process."""
-    method: nn.Module = build_method(job).to(fabric.device)
+    method = method.to(fabric.device)
     if job.run.compile:
         method.compile()
     graph = StepGraph(method, autocast=job.run.precision == "bf16")
@@ -84,15 +71,21 @@ def pretrain(job: Job, resume: bool = False) -> bool:
     """
     fabric = launch(job.run)
     found = bool(fabric.broadcast(prepare(job, resume) if fabric.is_global_zero else False))
-    parts = assemble(fabric, job)
-    state = load_latest(job.output / LATEST, parts.method, parts.optimizer) if found else TrainState()
+    beginning = Beginning(build_method(job)) if found else begin(job)
+    parts = assemble(fabric, job, beginning.method)
+    state = TrainState(origin=beginning.origin)
+    if found:
+        state = load_latest(job.output / LATEST, parts.method, parts.optimizer)
     fabric.print(f"{job}\ncontinuing at step {state.step}" if found else str(job))
+    if beginning.table and fabric.is_global_zero:
+        fabric.print(f"starting from {job.run.pretrained_weights}: {beginning.table}")
+        write_json(job.output / "transfer.json", {**beginning.origin, **beginning.table.as_json()})
     log = None
     if fabric.is_global_zero:
         tracker = open_tracker(job.run.tracker, job.output, job.as_json())
         log = TrainingLog(job.output, state.step // job.settings.iterations, tracker)
     with stop_on_signal() as stop:
-        watch = Watch([RepresentationMonitor()], Faults(job.run.max_skipped), stop)
+        watch = Watch(standard_monitors(), Faults(job.run.max_skipped), stop)
         batches = stream(parts, state)
         while state.step < job.total_steps:
             figures = train_epoch(parts, state, watch, batches)
@@ -155,8 +148,8 @@ def train_epoch(parts: Parts, state: TrainState, watch: Watch, batches: Iterator
                 break
         else:
             _add(sums, steps)
-            for monitor in watch.monitors:
-                monitor.see(steps[-1])
+            for step, monitor in product(steps, watch.monitors):
+                monitor.see(step)
         if done < todo and _agreed(fabric, watch.stop):
             break
     elapsed = time.perf_counter() - start
@@ -176,6 +169,7 @@ def close_epoch(
     watch.faults.forget()
     row["lr"] = parts.schedule.learning_rate(state.step - 1)
     row["weight_decay"] = parts.schedule.weight_decay(state.step - 1)
+    row["weight_norm"] = _norm(parts.method)
     row["skipped"] = state.skipped
     for monitor in watch.monitors:
         row.update(monitor.say())
@@ -211,8 +205,8 @@ def roll_back(parts: Parts, state: TrainState, faults: Faults) -> TrainState:
     if latest.exists():
         restored = load_latest(latest, parts.method, parts.optimizer)
     else:
-        restored = TrainState()
-        parts.method.load_state_dict(build_method(job).state_dict())
+        restored = TrainState(origin=state.origin)
+        parts.method.load_state_dict(begin(job).method.state_dict())
         parts.optimizer.state.clear()
     if state.rollback_step == restored.step:
         raise faults.diagnosis(lr, job.run.precision)
@@ -238,6 +232,12 @@ def _means(fabric: Fabric, sums: dict[str, float]) -> dict[str, float]:
     count = max(sums.get(SUMMED, 0.0), 1.0)
     means = {n: torch.tensor(value / count, device=fabric.device) for n, value in sums.items() if n != SUMMED}
     return {name: float(cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))) for name, value in means.items()}
+
+
+def _norm(method: nn.Module) -> float:
+    """Norm of all trainable weights."""
+    weights = [parameter.detach() for parameter in method.parameters() if parameter.requires_grad]
+    return float(get_total_norm(weights))
 
 
 def _agreed(fabric: Fabric, stop: StopRequest) -> bool:

@@ -56,6 +56,7 @@ class RunSettings:
         compile: run the step through ``torch.compile``.
         max_skipped: non-finite steps tolerated between two checkpoints before the run rolls back.
         picture_epochs: draw reconstructions every so many epochs (and at the end).
+        pretrained_weights: checkpoint whose weights the run starts from.
         tracker: also send the log to TensorBoard or W&B (optional extras).
     """
 
@@ -68,4 +69,5 @@ class RunSettings:
     compile: bool = False
     max_skipped: int = 5
     picture_epochs: int = 10
+    pretrained_weights: str | None = None
     tracker: Literal["none", "tensorboard", "wandb"] = "none"

@@ -29,6 +29,7 @@ class TrainState:
         best: lowest epoch loss so far.
         sums: running sums of this epoch's figures, so that a run stopped in mid-epoch logs the whole epoch.
         comparison: figures of `compare_gradients` from the first step of this epoch.
+        origin: the checkpoint that the run started from, see `nnssl_ext.engine.method.Beginning`; empty without one.
     """
 
     step: int = 0
@@ -38,6 +39,7 @@ class TrainState:
     best: float = float("inf")
     sums: dict[str, float] = field(default_factory=dict)
     comparison: dict[str, float] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
@@ -53,7 +55,7 @@ def data_seed(seed: int, attempt: int) -> int:
 def export(job: Job, method: Method, state: TrainState) -> dict[str, Any]:
     """The checkpoint that users get: no optimiser state, no paths."""
     shapes = np.array([case.shape for case in job.cases])
-    return checkpoint_content(
+    content = checkpoint_content(
         backbone=method.export_backbone(),
         plans=job.plans,
         configuration=job.plan.configuration,
@@ -69,6 +71,9 @@ def export(job: Job, method: Method, state: TrainState) -> dict[str, Any]:
         },
         progress={"step": state.step, "total": job.total_steps, "skipped": state.skipped},
     )
+    if state.origin:
+        content["nnssl_ext"]["adapted_from"] = state.origin
+    return content
 
 
 def save_latest(path: Path, job: Job, method: nn.Module, optimizer: Optimizer, state: TrainState) -> None:

@@ -30,6 +30,7 @@ from nnssl_ext.data.regions import read_region
 from nnssl_ext.engine.devices import launch
 from nnssl_ext.engine.job import Job
 from nnssl_ext.engine.loop import assemble
+from nnssl_ext.engine.method import build_method
 from nnssl_ext.engine.optim import clip_gradients
 from nnssl_ext.engine.state import TrainState
 from nnssl_ext.engine.step import Parts, optimizer_step
@@ -122,7 +123,7 @@ def measure_steps(job: Job, repeats: int, warm_up: int = 2) -> dict[str, Any]:
         everything but reading, as the loop runs it. ``cases_per_s``: of reading and step together, in one process
         without reading workers. ``peak_memory_gb``: of the device, or of this process since its start on a CPU.
     """
-    parts = assemble(launch(job.run), job)
+    parts = assemble(launch(job.run), job, build_method(job))
     return {"settings": _sizes(job, parts), **_time_steps(parts, repeats, warm_up)}
 
 
@@ -135,7 +136,7 @@ def measure_visible_against_all(job: Job, repeats: int, warm_up: int = 1) -> dic
     Raises:
         NnsslError: the job is no masked autoencoding of visible tokens.
     """
-    parts = assemble(launch(job.run), job)
+    parts = assemble(launch(job.run), job, build_method(job))
     reconstruct = getattr(parts.method, "reconstruct", None)
     if not (isinstance(getattr(reconstruct, "backbone", None), TokenBackbone) and hasattr(reconstruct, "decoder")):
         raise NnsslError(

@@ -1,0 +1,112 @@
+"""The method of a run at its first step: initialised by the seed, or with the weights of another run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnssl_ext.catalogue import load_method
+from nnssl_ext.checkpoints.adapt import read_pretrained
+from nnssl_ext.checkpoints.aliases import alias_groups
+from nnssl_ext.checkpoints.transfer import Action, Row, TransferTable, transfer
+from nnssl_ext.contracts import Backbone
+from nnssl_ext.engine.job import Job
+from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.plans import configuration_of
+
+STUDENT, TEACHER = "student.", "teacher.network."
+"""How methods with an EMA teacher call the two; what the teacher has, the student gets too."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A method before its first step, and where its weights come from.
+
+    Attributes:
+        method: the method.
+        table: what became of every tensor of the other run, None without one.
+        origin: file, kind, method, patch_size and input_channels of the other run's checkpoint, for our checkpoints.
+    """
+
+    method: Any
+    table: TransferTable | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+def build_method(job: Job) -> Any:
+    """The method of a job with its backbone, initialised by the job's seed.
+
+    Parts of the network that the method does not train are frozen: data-parallel training waits for a gradient of every
+    parameter that may have one.
+    """
+    return _around(_backbone(job), job)
+
+
+def begin(job: Job) -> Beginning:
+    """The method of a job, with the weights of the checkpoint that its run names, if any.
+
+    The backbone takes the weights that the other run exported, so where that was a teacher the student starts as the
+    teacher (3DINO's high-resolution phase), and the new teacher as their copy. Positions are interpolated to another
+    crop, a patch embedding is resized to another token. A ``checkpoint_latest.pth`` of the same method also gives its heads,
+    predictors, mask token and centres. Nothing else is continued: the optimiser and all schedules begin anew.
+
+    Raises:
+        NnsslError: the checkpoint cannot be read, or does not fit the plans.
+    """
+    if job.run.pretrained_weights is None:
+        return Beginning(build_method(job))
+    source = read_pretrained(Path(job.run.pretrained_weights))
+    backbone = _backbone(job)
+    plan = job.plan
+    architecture = configuration_of(job.plans, plan.configuration)["architecture"]
+    table = transfer(source, backbone.network, architecture, plan.channels, plan.plans_name, resize_tokens=True)
+    method = _around(backbone, job)
+    state = source.method_state if source.method == job.method else {}
+    rows = _fill(method, state, (backbone.network, method.export_backbone().network))
+    origin = {
+        "file": source.origin,
+        "kind": source.kind,
+        "method": source.method,
+        "patch_size": list(source.patch_size),
+        "input_channels": source.input_channels,
+    }
+    return Beginning(method, TransferTable((*table.rows, *rows)), origin)
+
+
+def _backbone(job: Job) -> Backbone:
+    torch.manual_seed(job.run.seed)
+    return build_backbone(job.plans, job.plan.configuration, job.plan.channels)
+
+
+def _around(backbone: Backbone, job: Job) -> Any:
+    method = load_method(job.method)(job.settings, backbone, job.plan)
+    for name, parameter in backbone.network.named_parameters():
+        parameter.requires_grad_(name.startswith(method.pretrained_prefixes))
+    return method
+
+
+@torch.no_grad()
+def _fill(method: nn.Module, state: dict[str, Tensor], networks: tuple[nn.Module, ...]) -> list[Row]:
+    """Copy what a method holds beside its networks, where names and shapes agree; a student's from the teacher."""
+    inside = tuple(f"{name}." for name, m in method.named_modules(remove_duplicate=False) if m in networks)
+    own = method.state_dict()
+    rows = []
+    action: Action
+    for key, *aliases in alias_groups(own):
+        if key.startswith(inside):
+            continue
+        value = state.get(key.replace(STUDENT, TEACHER, 1), state.get(key))
+        target, shape = own[key], None if value is None else tuple(value.shape)
+        if value is None:
+            action, why = "new", "not in the checkpoint"
+        elif shape != tuple(target.shape):
+            action, why = "new", "another shape in the checkpoint"
+        else:
+            action, why = "loaded", ""
+            target.copy_(value)
+        rows.append(Row(key, action, why, shape, tuple(target.shape), tuple(aliases)))
+    return rows

@@ -1,0 +1,119 @@
+"""Starting from the weights of another run: what is taken along, what is resized, what begins anew."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_dataset import CONFIGURATION, job_of, log_of, weights_of, write_dataset
+
+from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.checkpoints.tensors import interpolate_positions, resize_token_kernel
+from nnssl_ext.engine import loop
+from nnssl_ext.engine.job import Job
+from nnssl_ext.engine.method import begin
+from nnssl_ext.errors import NnsslError
+
+SHORT = ("--epochs", "1", "--iterations", "2")
+
+
+@pytest.fixture
+def dataset(nnunet_env):
+    return write_dataset(nnunet_env.preprocessed)
+
+
+def write_plans(dataset, name: str, preset: str, crop: tuple[int, int, int], **kwargs) -> None:
+    """Plans of the same data with another crop and, for a Primus, other arguments."""
+    plans = json.loads((dataset / f"nnssl{preset}Plans.json").read_text())
+    plans["plans_name"] = name
+    found = plans["configurations"][CONFIGURATION]
+    found["patch_size"] = found["nnssl"]["global_crop"] = list(crop)
+    found["architecture"]["arch_kwargs"] |= kwargs
+    (dataset / f"{name}.json").write_text(json.dumps(plans))
+
+
+def trained(method: str, backbone: str = "PrimusTiny") -> Job:
+    job = job_of(*SHORT, method=method, backbone=backbone)
+    assert loop.pretrain(job)
+    return job
+
+
+def test_the_latest_checkpoint_gives_everything_and_the_final_one_the_network(dataset):
+    first = trained("MAETrainer")
+    latest, final = first.output / "checkpoint_latest.pth", first.output / "checkpoint_final.pth"
+    same = begin(job_of("-pretrained_weights", str(latest), "--name", "second"))
+    state = load_checkpoint(latest)["resume"]["method"]
+    mine = same.method.state_dict()
+    heads = [key for key in mine if ".seg_layers." not in key and ".decoder.stages." not in key]
+    assert any("reconstruct.decoder" in key for key in heads) and "backbone.mask_token" in heads
+    for key in heads:
+        assert torch.equal(mine[key], state[key]), key
+    network_only = begin(job_of("-pretrained_weights", str(final), "--name", "third"))
+    decoder = {row.action for row in network_only.table.rows if row.key.startswith("reconstruct.decoder")}
+    assert decoder == {"new"}
+    assert torch.equal(
+        network_only.method.backbone.network.eva.blocks[0].attn.q_proj.weight,
+        state["backbone.network.eva.blocks.0.attn.q_proj.weight"],
+    )
+
+
+def test_larger_crops_and_smaller_tokens_resize_the_weights_and_restart_the_schedules(dataset):
+    first = trained("MAETrainer")
+    write_plans(
+        dataset, "nnsslHiresPlans", "PrimusTiny", (16, 24, 16), input_shape=(16, 24, 16), strides=[[1] * 3, [2] * 3]
+    )
+    weights = weights_of(first)
+    flags = ("-p", "nnsslHiresPlans", "-pretrained_weights", str(first.output / "checkpoint_latest.pth"))
+    job = job_of(*SHORT, *flags, "--name", "hires", "--optim.lr", "1e-12", "--optim.warmup", "0")
+    assert job.output.name == "MAETrainer__nnsslHiresPlans__3d_fullres__hires"
+    assert loop.pretrain(job)
+    now = weights_of(job)
+    kernel = resize_token_kernel(weights["down_projection.proj.weight"], (2, 2, 2))
+    positions = interpolate_positions(weights["eva.pos_embed"], (4, 4, 4), (8, 12, 8))
+    for name, wanted in {
+        "down_projection.proj.weight": kernel,
+        "eva.pos_embed": positions,
+        "eva.blocks.1.mlp.fc1_g.weight": weights["eva.blocks.1.mlp.fc1_g.weight"],
+    }.items():
+        torch.testing.assert_close(now[name], wanted, rtol=0, atol=1e-6)
+    assert [float(row["step"]) for row in log_of(job)] == [2]
+    content = load_checkpoint(job.output / "checkpoint_final.pth")
+    assert content["nnssl_ext"]["adapted_from"]["method"] == "MAETrainer"
+    assert str(first.output) not in str(content["nnssl_ext"])  # checkpoints travel, paths do not
+    rows = {row["key"]: row for row in json.loads((job.output / "transfer.json").read_text())["rows"]}
+    assert rows["down_projection.proj.weight"]["action"] == rows["eva.pos_embed"]["action"] == "adapted"
+    assert rows["decoder.stages.0.0.weight"]["action"] == "new"
+    assert rows["reconstruct.decoder.project_in.weight"]["action"] == "loaded"
+    assert rows["reconstruct.decoder.project_out.weight"]["action"] == "new"  # as many voxels as a token has
+
+
+def test_a_run_from_other_weights_continues_without_them(dataset):
+    first = trained("MAETrainer", "ResEncTiny")
+    copy = first.output.parent / "elsewhere.pth"
+    copy.write_bytes((first.output / "checkpoint_final.pth").read_bytes())
+    flags = ("-pretrained_weights", str(copy), "--name", "second")
+    job = job_of(*SHORT, *flags, backbone="ResEncTiny")
+    assert loop.pretrain(job)
+    copy.unlink()
+    assert loop.pretrain(job, resume=True)
+    assert load_checkpoint(job.output / "checkpoint_final.pth")["nnssl_ext"]["adapted_from"]["file"] == "elsewhere.pth"
+    with pytest.raises(NnsslError, match="pretrained_weights"):
+        loop.pretrain(replace(job, run=replace(job.run, pretrained_weights=None)), resume=True)
+
+
+def test_weights_of_another_method_or_network(dataset):
+    first = trained("SimSiamTrainer")
+    path = str(first.output / "checkpoint_latest.pth")
+    other = begin(job_of("-pretrained_weights", path, "--name", "from_simsiam"))
+    assert {row.action for row in other.table.rows if row.key.startswith("reconstruct.")} == {"new"}
+    assert torch.equal(
+        other.method.backbone.network.state_dict()["eva.blocks.0.attn.q_proj.weight"],
+        weights_of(first)["eva.blocks.0.attn.q_proj.weight"],
+    )
+    with pytest.raises(NnsslError, match="holds a SegmentationPrimus, plans nnsslResEncTinyPlans build"):
+        begin(job_of("-pretrained_weights", path, backbone="ResEncTiny"))
+
+
+def test_names_that_are_no_folder_names_are_refused(dataset):
+    with pytest.raises(NnsslError, match="cannot be part of a folder name"):
+        job_of("--name", "a/b")
