@@ -29,6 +29,8 @@ def layer_decay_rules(backbone: Backbone, prefix: str, decay: float, stem_scale:
     Raises:
         NnsslError: an encoder without layers that this module knows.
     """
+    if decay == stem_scale == 1:
+        return ()
     names = [name for name, _ in cast(nn.Module, backbone).named_parameters()]
     layers = {match[0]: int(match[2]) for match in map(_LAYER.match, names) if match}
     if not layers:

@@ -13,7 +13,7 @@ pooled bottleneck; blocks of voxels are hidden, and what is predicted there are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Shaped
@@ -95,9 +95,7 @@ class DINO3DSettings:
                 layer_decay=1.0,
                 stem_scale=1.0,
                 freeze_last_layer=25,
-                optim=OptimSettings(
-                    lr=1e-3, weight_decay=0.04, betas=(0.9, 0.95), schedule="cosine", clip=3.0, clip_per_module=True
-                ),
+                optim=replace(OPTIM, lr=1e-3, lr_scaling="none", weight_decay_end=None, betas=(0.9, 0.95)),
             )
         return cls(
             teacher=TeacherSettings(centring="sinkhorn" if plan.batch_size >= SINKHORN_CASES else "centre"),
