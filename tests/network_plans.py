@@ -6,6 +6,7 @@ from typing import Any
 
 PRIMUS = "nnssl_ext.networks.primus.SegmentationPrimus"
 RESENC = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+SWIN = "nnssl_ext.networks.swin_unetr.SegmentationSwinUNETR"
 PLAIN = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 
 
@@ -52,3 +53,15 @@ def unet_plans(network_class: str = RESENC) -> dict[str, Any]:
         "nonlin_kwargs": {"inplace": True},
     }
     return plans_of(network_class, kwargs, ("conv_op", "norm_op", "dropout_op", "nonlin"))
+
+
+def swin_plans(**changes: Any) -> dict[str, Any]:
+    """A Swin UNETR of 12 channels with one block per stage, without stochastic depth."""
+    kwargs = {
+        "feature_size": 12,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 4, 8],
+        "window_size": 3,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    }
+    return plans_of(SWIN, {**kwargs, **changes})

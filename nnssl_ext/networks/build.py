@@ -13,6 +13,8 @@ from torch import nn
 from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.resenc_backbone import ResEncBackbone
+from nnssl_ext.networks.swin_backbone import SwinBackbone
+from nnssl_ext.networks.swin_unetr import SegmentationSwinUNETR
 from nnssl_ext.plans import configuration_of
 
 
@@ -54,12 +56,16 @@ def build_backbone(plans: dict[str, Any], configuration: str, input_channels: in
     network = build_network(plans, configuration, input_channels, num_classes)
     if isinstance(network, ResidualEncoderUNet | PlainConvUNet):
         return ResEncBackbone(network)
+    if isinstance(network, SegmentationSwinUNETR):
+        return cast(
+            Backbone, SwinBackbone(network, input_channels)
+        )  # its `network` is more specific than the contract's
 
     from nnssl_ext.networks.primus import SegmentationPrimus  # imports timm, which convolutional networks do not need
     from nnssl_ext.networks.primus_backbone import PrimusBackbone
 
     if isinstance(network, SegmentationPrimus):
-        return cast(Backbone, PrimusBackbone(network))  # its `network` is more specific than the contract's
+        return cast(Backbone, PrimusBackbone(network))
     kind = f"{type(network).__module__}.{type(network).__qualname__}"
     raise NnsslError(
         f"plans {plans['plans_name']} build {kind}, which pretraining does not support",
