@@ -1,0 +1,1 @@
+"""Registration without training: frozen features, a coupled convex search, and instance optimisation."""
