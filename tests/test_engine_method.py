@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_dataset import CONFIGURATION, job_of, log_of, weights_of, write_dataset
+from tiny_dataset import BACKBONES, CONFIGURATION, job_of, log_of, weights_of, write_dataset
 
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.tensors import interpolate_positions, resize_token_kernel
 from nnssl_ext.engine import loop
 from nnssl_ext.engine.job import Job
-from nnssl_ext.engine.method import begin
+from nnssl_ext.engine.method import TEACHER, begin
 from nnssl_ext.errors import NnsslError
 
 SHORT = ("--epochs", "1", "--iterations", "2")
@@ -112,6 +112,24 @@ def test_weights_of_another_method_or_network(dataset):
     )
     with pytest.raises(NnsslError, match="holds a SegmentationPrimus, plans nnsslResEncTinyPlans build"):
         begin(job_of("-pretrained_weights", path, backbone="ResEncTiny"))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_student_and_teacher_start_as_the_other_runs_teacher(dataset, backbone):
+    first = trained("DINO3DTrainer", backbone)
+    latest = first.output / "checkpoint_latest.pth"
+    state = load_checkpoint(latest)["resume"]["method"]
+    assert not torch.equal(state["teacher.parts.head.mlp.0.weight"], state["head.mlp.0.weight"])  # they had parted
+    started = begin(job_of("-pretrained_weights", str(latest), method="DINO3DTrainer", backbone=backbone))
+    mine = started.method.state_dict()
+    teacher = {key.removeprefix(TEACHER): value for key, value in mine.items() if key.startswith(TEACHER)}
+    assert any(key.startswith("patch_head.") for key in teacher)
+    for key, value in teacher.items():
+        assert torch.equal(mine[key], value), key
+        if ".seg_layers." not in key and ".decoder." not in key:
+            assert torch.equal(state[TEACHER + key], value), key
+    assert mine[key].data_ptr() != value.data_ptr()
+    assert torch.equal(mine["crop_targets.centre"], state["crop_targets.centre"])
 
 
 def test_names_that_are_no_folder_names_are_refused(dataset):

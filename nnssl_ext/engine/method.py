@@ -18,8 +18,8 @@ from nnssl_ext.engine.job import Job
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.plans import configuration_of
 
-STUDENT, TEACHER = "student.", "teacher.network."
-"""How methods with an EMA teacher call the two; what the teacher has, the student gets too."""
+TEACHER = "teacher.parts."
+"""What stands before the names of a student's parameters in the state of a method with an `EMATeacher`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _fill(method: nn.Module, state: dict[str, Tensor], networks: tuple[nn.Module
     for key, *aliases in alias_groups(own):
         if key.startswith(inside):
             continue
-        value = state.get(key.replace(STUDENT, TEACHER, 1), state.get(key))
+        value = state.get(TEACHER + key, state.get(key))
         target, shape = own[key], None if value is None else tuple(value.shape)
         if value is None:
             action, why = "new", "not in the checkpoint"
