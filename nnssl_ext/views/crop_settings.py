@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from nnssl_ext.contracts import PretrainPlan
@@ -11,11 +11,10 @@ from nnssl_ext.records import Size
 from nnssl_ext.views.masks import TokenMaskSettings
 from nnssl_ext.views.multi_crop import GLOBAL_SCALE, LOCAL_SCALE, CropScale, MultiCrop
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
-
-TURNS = SpatialSettings(flip=(0.3, 0.3, 0.3), rot90=(0.3, 0.3, 0.3), rotation=0.0, zoom=0.0)
-"""3DINO's flips and right-angled turns; the scale of a crop already zooms."""
+from nnssl_ext.views.recipes import DINO_INTENSITY, DINO_SPATIAL
 
 SMALL_GLOBAL, SMALL_LOCAL = 24, 12
+"""Voxels; with tokens of 4 that makes 216 and 27 tokens, 3DINO's numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class CropSettings:
         mask_share: share of the global crops in which tokens are hidden.
         mask_ratio: range of the share of tokens hidden there.
         mask_shape: hide ``random`` tokens or ``block`` after block of them.
-        spatial: flips and turns.
-        intensity: nnU-Net's intensity augmentations, on every crop.
+        spatial: flips and right-angled turns; the scale of a crop already zooms.
+        first_intensity, second_intensity, local_intensity: augmentations of the first global crop, of further ones, and of
+            the local ones.
     """
 
     global_crop: tuple[int, int, int] | None = None
@@ -42,8 +42,10 @@ class CropSettings:
     mask_share: float = 0.5
     mask_ratio: tuple[float, float] = (0.2, 0.75)
     mask_shape: Literal["random", "block"] = "random"
-    spatial: SpatialSettings = TURNS
-    intensity: IntensitySettings = field(default_factory=IntensitySettings)
+    spatial: SpatialSettings = DINO_SPATIAL
+    first_intensity: IntensitySettings = DINO_INTENSITY[0]
+    second_intensity: IntensitySettings = DINO_INTENSITY[1]
+    local_intensity: IntensitySettings = DINO_INTENSITY[2]
 
     def __post_init__(self) -> None:
         if self.global_views < 1 or self.local_views < 0 or self.global_views + self.local_views < 2:
@@ -54,7 +56,7 @@ class CropSettings:
 
     @classmethod
     def small(cls, plan: PretrainPlan, **changes: Any) -> CropSettings:
-        """Crops for minutes on a CPU: of 24 and 12 voxels with tokens of 4 there are 216 and 27 tokens, as in 3DINO."""
+        """Crops for minutes on a CPU, no larger than the plans'."""
         global_crop, local_crop = (
             (min(z, most), min(y, most), min(x, most))
             for most, (z, y, x) in ((SMALL_GLOBAL, plan.global_crop), (SMALL_LOCAL, plan.local_crop))
@@ -69,6 +71,7 @@ class CropSettings:
             cell: voxels that are hidden together, or None for no masks.
         """
         mask = None if cell is None else TokenMaskSettings(cell, self.mask_share, self.mask_ratio, self.mask_shape)
+        further = [self.second_intensity] * (self.global_views - 1)
         return MultiCrop(
             global_size=self.global_crop or plan.global_crop,
             local_size=self.local_crop or plan.local_crop,
@@ -78,5 +81,5 @@ class CropSettings:
             local_scale=self.local_scale,
             mask=mask,
             spatial=self.spatial,
-            intensity=(self.intensity,),
+            intensity=(self.first_intensity, *further, self.local_intensity),
         )
