@@ -37,7 +37,7 @@ def rotation(degrees: Vector) -> Float[np.ndarray, "3 3"]:
 
 
 def quarter_turns(counts: Sequence[int] | np.ndarray) -> Float[np.ndarray, "3 3"]:
-    """`rotation` by multiples of 90 degrees about z, y, x: exactly a permutation of axes with signs."""
+    """`rotation` by these multiples of 90 degrees about z, y, x: exactly a permutation of axes with signs."""
     return np.rint(rotation(90.0 * np.asarray(counts)))
 
 
@@ -66,7 +66,7 @@ def view_to_case(
         View voxel -> case voxel; exactly integer for an integer crop that is neither rotated nor zoomed.
     """
     mm = np.asarray(spacing, float)
-    turn = rotation(degrees) * mm / mm[:, None]
+    turn = rotation(degrees) * mm / mm[:, None] if np.any(degrees) else np.eye(3)
     linear = (turn * np.asarray(zoom, float)) @ (np.eye(3) if quarters is None else quarters)
     linear *= np.where(flips, -1.0, 1.0)
     middle = (np.asarray(size, float) - 1) / 2
