@@ -13,8 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnssl_ext.data.foreground import foreground_mask
+from nnssl_ext.data.scans import check_nifti, label_values, on_grid_of, voxels
 from nnssl_ext.dataset_conversion.cases import ImageSource, Labels, PlannedCase
-from nnssl_ext.dataset_conversion.reading import check_nifti, label_values, on_grid_of, read_volume, voxels
+from nnssl_ext.dataset_conversion.reading import read_volume
 from nnssl_ext.dataset_conversion.whole_folder import cannot_write
 from nnssl_ext.errors import NnsslError
 

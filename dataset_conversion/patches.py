@@ -14,6 +14,7 @@ import SimpleITK as sitk
 from jaxtyping import Bool
 
 from nnssl_ext.data.foreground import foreground_mask
+from nnssl_ext.data.scans import voxels
 from nnssl_ext.dataset_conversion.cases import (
     FOREGROUND_LABELS,
     Crop,
@@ -23,7 +24,7 @@ from nnssl_ext.dataset_conversion.cases import (
     subject_of,
 )
 from nnssl_ext.dataset_conversion.raw_dataset import in_parallel
-from nnssl_ext.dataset_conversion.reading import read_volume, voxels
+from nnssl_ext.dataset_conversion.reading import read_volume
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 
