@@ -21,6 +21,9 @@ BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.5}
 measured with CPU autocast, a little more with CUDA's, which computes LayerNorm in fp32."""
 OVERHEAD_GB = 1.0
 """CUDA context, cuDNN workspaces and allocator slack: our allowance."""
+EXTRA_BYTES_PER_PROBABILITY = {"fp32": 0.0, "bf16": 3.5}
+"""Swin's attention probabilities take 6 bytes instead of 2.5 under autocast: MONAI adds a float32 bias before the softmax,
+whose float32 result and its bf16 copy are both kept (measured)."""
 MLP_RATIO = 8 / 3
 """Hidden width of Primus' SwiGLU over its embedding (DNA: 4 * 2 / 3)."""
 
@@ -43,11 +46,13 @@ class Cost:
         parameters: of the whole network.
         values: saved for the backward pass, per case.
         macs: multiply-accumulates of the forward pass, per case.
+        probabilities: how many of the values are attention probabilities that autocast keeps twice.
     """
 
     parameters: int
     values: int
     macs: int
+    probabilities: int = 0
 
 
 def memory_gb(
@@ -62,9 +67,13 @@ def memory_gb(
         views: what the method draws from each case.
         precision: ``fp32``, or ``bf16`` for autocast.
     """
-    values = views.global_views * cost.values + (views.local_views * local.values if local else 0)
+
+    def saved(view: Cost) -> float:
+        return view.values * BYTES_PER_VALUE[precision] + view.probabilities * EXTRA_BYTES_PER_PROBABILITY[precision]
+
+    per_case = views.global_views * saved(cost) + (views.local_views * saved(local) if local else 0)
     per_parameter = BYTES_PER_PARAMETER[precision] + BYTES_PER_TEACHER_PARAMETER * views.teacher
-    return OVERHEAD_GB + (cost.parameters * per_parameter + batch_size * values * BYTES_PER_VALUE[precision]) / 1e9
+    return OVERHEAD_GB + (cost.parameters * per_parameter + batch_size * per_case) / 1e9
 
 
 def largest_batch(fits: Callable[[int], bool], most: int, least: int = 2) -> int:
@@ -75,7 +84,11 @@ def largest_batch(fits: Callable[[int], bool], most: int, least: int = 2) -> int
 def network_cost(architecture: Mapping[str, Any], size: Sequence[int], channels: int, classes: int) -> Cost:
     """Cost of the network of a plans' ``architecture`` on an input of `size` voxels (z, y, x)."""
     name = architecture["network_class_name"].rsplit(".", 1)[-1]
-    formula = {"SegmentationPrimus": primus_cost, "ResidualEncoderUNet": resenc_cost}[name]
+    formula = {
+        "SegmentationPrimus": primus_cost,
+        "ResidualEncoderUNet": resenc_cost,
+        "SegmentationSwinUNETR": swin_cost,
+    }[name]
     return formula(architecture["arch_kwargs"], size, channels, classes)
 
 
@@ -167,6 +180,59 @@ def resenc_cost(arch: Mapping[str, Any], size: Sequence[int], channels: int, cla
         macs += math.prod(extent) * after * classes
         before = after
     return Cost(parameters, values, macs)
+
+
+def swin_cost(arch: Mapping[str, Any], size: Sequence[int], channels: int, classes: int) -> Cost:
+    """`SegmentationSwinUNETR` with deep supervision, by MONAI 1.6's layers."""
+    width, window = arch["feature_size"], arch["window_size"]
+    voxels, extent = math.prod(size), [edge // 2 for edge in size]
+    tokens = math.prod(extent)
+    parameters, macs = 8 * channels * width + width, tokens * 8 * channels * width  # patches of 2 voxels
+    values, probabilities = (
+        channels * voxels + tokens * (2 * width + 2),
+        0,
+    )  # the image; the first map's norm, in and out
+    for stage, (depth, heads) in enumerate(zip(arch["depths"], arch["num_heads"], strict=True)):
+        dim = width * 2**stage
+        edges = [min(window, edge) for edge in extent]
+        seen = math.prod(edges)
+        padded = math.prod(math.ceil(edge / w) * w for edge, w in zip(extent, edges, strict=True))
+        # norms; q, k, v, projection; MLP of 4 times the width; bias per relative place and head
+        parameters += depth * (
+            4 * dim + 4 * dim * dim + 4 * dim + 8 * dim * dim + 5 * dim + (2 * window - 1) ** 3 * heads
+        )
+        macs += depth * (padded * 4 * dim * dim + 2 * padded * seen * dim + tokens * 8 * dim * dim)
+        # both norms' input, deviations and the second's output; the MLP's hidden layer before and after its GELU; windows,
+        # their q, k, v and the attention's output; int64 indices of the bias
+        values += depth * (tokens * (11 * dim + 4) + padded * 5 * dim + 2 * seen * seen)
+        probabilities += depth * heads * padded * seen
+        extent = [edge // 2 for edge in extent]
+        tokens = math.prod(extent)
+        parameters += 16 * dim + 16 * dim * dim  # merging: 8 neighbours to twice the width, normed
+        macs += tokens * 16 * dim * dim
+        values += tokens * (16 * dim + 2 + 4 * dim + 2)  # norm and reduction; the map's norm, in and out
+
+    def block(before: int, after: int, extent: int) -> None:
+        """Two convolutions of 3x3x3 with norms and LeakyReLUs, and a 1x1x1 shortcut where the width changes."""
+        nonlocal parameters, values, macs
+        taps = 27 * (before + after) + (before if before != after else 0)
+        parameters += taps * after
+        macs += extent * taps * after
+        values += extent * after * (5 if before != after else 4)
+
+    block(channels, width, voxels)
+    for stage in range(3):
+        block(width * 2**stage, width * 2**stage, voxels // 8 ** (stage + 1))
+    before = 16 * width
+    block(before, before, voxels // 8**5)
+    for stage, after in zip((4, 3, 2, 1, 0), (8 * width, 4 * width, 2 * width, width, width), strict=True):
+        places = voxels // 8**stage
+        parameters += 8 * before * after + after * classes + classes
+        macs += places * (before * after + after * classes)
+        values += places * 2 * after  # upsampled and skip, concatenated
+        block(2 * after, after, places)
+        before = after
+    return Cost(parameters, values + probabilities, macs, probabilities)
 
 
 def _triple(value: int | Sequence[int]) -> list[int]:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nnssl_ext.networks.primus import SegmentationPrimus
+from nnssl_ext.networks.swin_unetr import SegmentationSwinUNETR
 from nnssl_ext.planners.memory import Cost, Views, largest_batch, memory_gb, network_cost
 from nnssl_ext.planners.sizes import token_strides
 
@@ -67,6 +69,17 @@ def resenc(**changes: Any) -> dict[str, Any]:
     return {"network_class_name": "architectures.unet.ResidualEncoderUNet", "arch_kwargs": arch}
 
 
+def swin(**changes: Any) -> dict[str, Any]:
+    arch = {
+        "feature_size": 24,
+        "depths": [2, 1, 2, 1],
+        "num_heads": [3, 6, 12, 24],
+        "window_size": 7,
+        "drop_path_rate": 0.0,
+    } | changes
+    return {"network_class_name": "nnssl_ext.networks.swin_unetr.SegmentationSwinUNETR", "arch_kwargs": arch}
+
+
 ANISOTROPIC = {
     "n_stages": 4,
     "features_per_stage": [16, 32, 64, 64],
@@ -100,16 +113,38 @@ def test_parameters_and_saved_values_match_torch(architecture, size, channels):
     assert 2.0 < autocast / cost.values < 2.5
 
 
-def test_multiply_accumulates_match_torch():
-    from torch.utils.flop_counter import FlopCounterMode
+def swin_network(architecture: dict[str, Any], channels: int) -> nn.Module:
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI (extra: swin)")
+    return SegmentationSwinUNETR(channels, 3, deep_supervision=True, **architecture["arch_kwargs"]).train()
 
+
+@pytest.mark.parametrize(
+    ("changes", "size", "channels"), [({}, (32, 64, 96), 2), ({"window_size": 3, "depths": [1, 1, 1, 1]}, (64,) * 3, 1)]
+)
+def test_parameters_values_and_operations_of_swin_match_torch(changes, size, channels):
+    network = swin_network(swin(**changes), channels)
+    cost = network_cost(swin(**changes), size, channels, 3)
+    assert cost.parameters == sum(p.numel() for p in network.parameters())
+    x = torch.randn(1, channels, *size)
+    assert saved_bytes(network, x) / 4 == pytest.approx(cost.values, rel=0.01)
+    autocast = saved_bytes(network, x, bf16=True) - 2 * cost.parameters
+    assert 0.8 < autocast / (2.5 * cost.values + 3.5 * cost.probabilities) < 1
+    assert cost.macs == pytest.approx(operations(network, x), rel=0.001)
+
+
+def operations(network: nn.Module, x: torch.Tensor) -> float:
+    """Multiply-accumulates of a forward pass."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(x)
+    return counter.get_total_flops() / 2
+
+
+def test_multiply_accumulates_match_torch():
     for architecture, size, channels in (CASES[0], CASES[6], CASES[7]):
         cls = SegmentationPrimus if "primus" in architecture["network_class_name"] else ResidualEncoderUNet
         network = cls(channels, num_classes=3, deep_supervision=True, **architecture["arch_kwargs"])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(torch.randn(1, channels, *size))
         cost = network_cost(architecture, size, channels, 3)
-        assert cost.macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+        assert cost.macs == pytest.approx(operations(network, torch.randn(1, channels, *size)), rel=0.01)
 
 
 def test_memory_by_hand():
