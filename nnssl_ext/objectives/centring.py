@@ -21,6 +21,8 @@ from nnssl_ext.objectives.processes import max_over_processes, sum_over_processe
 Centring = Literal["centre", "sinkhorn", "none"]
 SINKHORN_ITERATIONS = 3
 """SwAV and DINOv2."""
+UNUSED = 1e-30
+"""Floor of a prototype's total: its inverse, summed over millions of prototypes, still fits into float32."""
 
 
 def sinkhorn_knopp(
@@ -33,14 +35,13 @@ def sinkhorn_knopp(
     """
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         scaled = logits.float() / temperature
-        largest = scaled.amax() if len(scaled) else scaled.new_tensor(-torch.inf)
-        kernel = torch.exp(scaled - max_over_processes(largest))
-        per_sample = kernel.new_ones(len(kernel))
+        peaks = scaled.amax(dim=1)  # taken out of the exponentials, so that none overflows and no row vanishes
+        kernel = torch.exp(scaled - peaks[:, None])
+        per_sample = torch.exp(peaks - max_over_processes(peaks.amax() if len(peaks) else peaks.new_tensor(-torch.inf)))
         per_prototype = kernel.new_ones(kernel.shape[1])
-        tiny = torch.finfo(kernel.dtype).tiny
         for _ in range(iterations):
-            per_prototype = 1 / sum_over_processes(per_sample @ kernel).clamp(min=tiny)
-            per_sample = 1 / (kernel @ per_prototype).clamp(min=tiny)
+            per_prototype = 1 / sum_over_processes(per_sample @ kernel).clamp(min=UNUSED)
+            per_sample = 1 / (kernel @ per_prototype)
         return kernel * per_prototype * per_sample[:, None]
 
 
