@@ -41,6 +41,7 @@ def sinkhorn_knopp(
         per_prototype = kernel.new_ones(kernel.shape[1])
         for _ in range(iterations):
             per_prototype = 1 / sum_over_processes(per_sample @ kernel).clamp(min=UNUSED)
+            per_prototype /= per_prototype.sum()  # only products of the factors matter; each alone would drift away
             per_sample = 1 / (kernel @ per_prototype)
         return kernel * per_prototype * per_sample[:, None]
 
