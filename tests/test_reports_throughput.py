@@ -15,6 +15,7 @@ from nnssl_ext.engine.settings import RunSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.networks.presets import PRIMUS_PRESETS, RESENC_PRESETS
+from nnssl_ext.networks.student_teacher import StudentTeacher
 from nnssl_ext.reports import throughput
 from nnssl_ext.reports.synthetic import CONFIGURATION, synthetic_job, synthetic_plans
 from nnssl_ext.reports.throughput import Stopwatch, measure_data, measure_steps, measure_visible_against_all
@@ -45,10 +46,12 @@ def test_every_phase_of_a_step_is_measured(preset, tmp_path):
         1 / (found["seconds"]["read"]["median"] + found["seconds"]["step"]["median"])
     )
     assert 0.1 < found["peak_memory_gb"] < 20
+    passes = found["seconds"]["forward"]["median"] + found["seconds"]["backward"]["median"]
+    assert found["step_over_passes"]["wall"] == pytest.approx(found["seconds"]["step"]["median"] / passes, abs=1e-3)
 
 
-def test_phases_do_what_a_training_step_does(tmp_path, monkeypatch):
-    """From the same weights, batch and learning rate, the step cut into phases moves every weight as the real one."""
+def test_phases_do_what_a_training_step_does(tmp_path):
+    """From the same weights and batch, the step cut into phases moves every weight as the real one."""
     weights = []
     for by_phase in (False, True):
         job = replace(job_of("ResEncTiny", tmp_path / str(by_phase)), output=tmp_path)
@@ -61,7 +64,6 @@ def test_phases_do_what_a_training_step_does(tmp_path, monkeypatch):
         if by_phase:
             throughput._step_by_phase(parts, batch, Stopwatch(CPU))
         else:
-            monkeypatch.setattr("nnssl_ext.engine.step.learning_rate", lambda step, total, optim: optim.lr)
             throughput.optimizer_step(parts, [batch], throughput.TrainState())
         weights.append({name: value.clone() for name, value in parts.method.state_dict().items()})
     for name, value in weights[0].items():
@@ -138,6 +140,17 @@ def test_command_prints_json_alone_on_stdout(monkeypatch, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert code == 0 and set(printed) == {"machine", "data", "training"}
     assert printed["machine"]["device"] == "cpu" and printed["machine"]["threads"] >= 1
+
+
+def test_command_takes_the_settings_of_the_method(monkeypatch, capsys):
+    flags = ("--synthetic", "PrimusTiny", "-tr", "DINO3DTrainer", "--crops.local_views", "1", "--head.prototypes", "32")
+    seen = []
+    forward = StudentTeacher.passes
+    monkeypatch.setattr(StudentTeacher, "passes", lambda self, views: seen.append(len(views)) or forward(self, views))
+    assert run_cli(monkeypatch, *SMALL, *flags) == 0
+    assert set(seen) == {3}
+    assert json.loads(capsys.readouterr().out)["training"]["settings"]["method"] == "DINO3DTrainer"
+    assert run_cli(monkeypatch, *SMALL, "--synthetic", "PrimusTiny", "--crops.local_views", "1") == 2
 
 
 def test_command_writes_a_file(monkeypatch, tmp_path, capsys):

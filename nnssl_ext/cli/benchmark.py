@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.cli._run import run
+from nnssl_ext.cli._settings import method_settings
 from nnssl_ext.errors import NnsslError
 
 if TYPE_CHECKING:
     from nnssl_ext.engine.job import Job
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(synthetic: bool = False) -> argparse.ArgumentParser:
+    """The flags beside the method's. With made-up data there are no positional ones: argparse would take the values of the
+    method's flags for them."""
     p = argparse.ArgumentParser(prog="nnssl_benchmark", description="Measure what a machine or a method can do.")
     commands = p.add_subparsers(dest="command", required=True)
     t = commands.add_parser(
@@ -24,10 +29,13 @@ def parser() -> argparse.ArgumentParser:
         help="seconds for reading, views, forward, backward and step, and peak memory, as JSON",
         description="Seconds for reading, views (crop, flip, rotation, zoom, intensity), forward, backward, optimiser and "
         "the whole step of a pretraining job, and peak memory, as JSON.",
-        epilog="Without a dataset: nnssl_benchmark throughput --synthetic PrimusTiny --crop 40 56 40",
+        epilog="Without a dataset: nnssl_benchmark throughput --synthetic PrimusTiny --crop 40 56 40. Every setting of the "
+        "method is a flag too, as for nnssl_train: -tr DINO3DTrainer --crops.local_views 8",
     )
-    t.add_argument("dataset", nargs="?", help="preprocessed dataset, id or name")
-    t.add_argument("configuration", nargs="?", help="3D configuration of the plans, e.g. 3d_fullres")
+    t.set_defaults(dataset=None, configuration=None)
+    if not synthetic:
+        t.add_argument("dataset", nargs="?", help="preprocessed dataset, id or name")
+        t.add_argument("configuration", nargs="?", help="3D configuration of the plans, e.g. 3d_fullres")
     t.add_argument(
         "-tr", default="MAETrainer", help=f"method: {', '.join(pretraining_methods())} (default: MAETrainer)"
     )
@@ -53,8 +61,8 @@ def main() -> None:
 
 
 def _main() -> int:
-    base = parser()
-    args = base.parse_args()
+    base = parser(synthetic="--synthetic" in sys.argv)
+    args, rest = base.parse_known_args()
     if args.synthetic and not args.crop:
         base.error("--synthetic needs --crop Z Y X")
     if not args.synthetic and not (args.dataset and args.configuration):
@@ -62,7 +70,7 @@ def _main() -> int:
     if args.repeats < 1:
         raise NnsslError(f"--repeats {args.repeats}", "measure at least once")
     with tempfile.TemporaryDirectory() as folder:
-        result = _throughput(args, Path(folder))
+        result = _throughput(args, rest, Path(folder))
     if args.o:
         from nnssl_ext.files import write_json
 
@@ -72,7 +80,7 @@ def _main() -> int:
     return 0
 
 
-def _throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def _throughput(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[str, Any]:
     import torch
 
     from nnssl_ext.reports.throughput import machine, measure_data, measure_steps, measure_visible_against_all
@@ -80,6 +88,7 @@ def _throughput(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if args.threads:
         torch.set_num_threads(args.threads)
     job = _job(args, folder)
+    job = replace(job, settings=method_settings(job.settings, rest, f"nnssl_benchmark throughput -tr {args.tr}"))
     device = torch.device(job.run.device)
     result: dict[str, Any] = {
         "machine": machine(device),

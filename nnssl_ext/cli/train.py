@@ -6,10 +6,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nnssl_ext.catalogue import load_method, pretraining_methods
 from nnssl_ext.cli._run import run
+from nnssl_ext.cli._settings import method_settings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 
@@ -71,7 +72,7 @@ def _main() -> int:
         base.print_help()
         if "-tr" in sys.argv:
             print(f"\nsettings of {args.tr}:\n")
-            _settings(load_method(args.tr).settings_type(), ["-h"], args.tr)
+            method_settings(load_method(args.tr).settings_type(), ["-h"], f"nnssl_train -tr {args.tr}")
         return 0
     if not args.dataset or not args.configuration:
         base.error("DATASET and CONFIGURATION are required, e.g. nnssl_train 4 3d_fullres -p nnsslPrimusTinyPlans")
@@ -92,7 +93,7 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
     method = load_method(args.tr)
     dataset = dataset_name(args.dataset)
     plans, plan = plan_of(dataset, args.p, args.configuration)
-    settings = _settings(method.settings_type.for_plan(plan), rest, args.tr)
+    settings = method_settings(method.settings_type.for_plan(plan), rest, f"nnssl_train -tr {args.tr}")
     device: Device = args.device or _default_device()
     only = _case_names(args.cases) if args.cases else None
     return Job(
@@ -117,12 +118,6 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
         cases=tuple(list_cases(data_folder(dataset, plans, args.configuration), plan.spacing, only)),
         output=run_folder(dataset, args.tr, plan, args.name),
     )
-
-
-def _settings(default: Any, flags: list[str], method: str) -> Any:
-    import tyro
-
-    return tyro.cli(type(default), default=default, args=flags, use_underscores=True, prog=f"nnssl_train -tr {method}")
 
 
 def _case_names(path: Path) -> list[str]:

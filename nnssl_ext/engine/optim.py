@@ -109,8 +109,8 @@ def build_optimizer(module: nn.Module, optim: OptimSettings, rules: Sequence[Opt
     groups = parameter_groups(module, rules)
     device = next(module.parameters()).device.type
     if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], nesterov=True, fused=device == "cuda")
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=device == "cuda")
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], nesterov=True, fused=device in ("cuda", "cpu"))
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=device in ("cuda", "cpu"))
 
 
 def clip_gradients(module: nn.Module, optim: OptimSettings) -> Float[Tensor, ""]:

@@ -47,17 +47,21 @@ def synthetic_job(preset: str, crop: Size, method: str, run: RunSettings, folder
 
 
 def synthetic_plans(preset: str, crop: Size, batch_size: int) -> dict[str, Any]:
-    """Plans of one configuration at 1 mm; nnU-Net's own rule decides where a U-Net pools."""
+    """Plans of one configuration at 1 mm; nnU-Net's own rule decides where a U-Net pools. The local crop is half the global
+    one, as our planners have it."""
     primus = preset in PRIMUS_PRESETS
     token = [PRIMUS_PRESETS[preset].token_size] * 3 if primus else None
+    architecture = _primus(preset, crop) if primus else _resenc(preset, crop)
+    coarsest = [math.prod(axis) for axis in zip(*architecture["arch_kwargs"]["strides"], strict=True)]
+    local = [math.ceil(edge / 2 / stride) * stride for edge, stride in zip(crop, coarsest, strict=True)]
     block = {"preset": preset, "token_size": token, "global_crop": list(crop), "batch_size": batch_size}
     configuration = {
         "spacing": list(SPACING),
         "patch_size": list(crop),
         "batch_size": batch_size,
         "normalization_schemes": ["ZScoreNormalization"],
-        "architecture": _primus(preset, crop) if primus else _resenc(preset, crop),
-        "nnssl": {**block, "local_crop": list(crop)},
+        "architecture": architecture,
+        "nnssl": {**block, "local_crop": local},
     }
     return {"plans_name": f"synthetic{preset}Plans", "configurations": {CONFIGURATION: configuration}}
 
