@@ -1,0 +1,185 @@
+"""Instance optimisation: Adam on the displacements of one pair (ConvexAdam's second stage), for any feature channels."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from nnssl_ext.registration.convex import REFERENCE_CHANNELS, Cells, Features, Weights, package_stretch
+from nnssl_ext.registration.separable import apply_kernels, smoothing_kernels
+from nnssl_ext.registration.warp import exponential, logarithm
+
+CHUNK = 2**17
+"""Cells sampled at a time: bounds the memory of corner indices and weights to some 30 MB."""
+
+
+def optimise(
+    fixed: Features,
+    moving: Features,
+    start: Cells,
+    regularisation: float,
+    *,
+    iterations: int = 80,
+    learning_rate: float = 1.0,
+    cell_mm: Sequence[float] = (1.0, 1.0, 1.0),
+    fixed_weight: Weights | None = None,
+    moving_weight: Weights | None = None,
+    diffeomorphic: bool = False,
+    compatible: bool = False,
+) -> Cells:
+    """The field (the velocity, if diffeomorphic) that Adam finds from `start`, in cells.
+
+    Minimised is the mean over cells of ``12 * mean over channels of (moving(x + d(x)) - fixed(x))²`` plus `regularisation`
+    times the mean squared derivative of the displacement in mm per mm, summed over axes. Parameters are a free field that
+    three running means of three cells smooth before use, in units of the smallest cell edge.
+
+    Args:
+        fixed, moving: on one grid.
+        start: displacements (not velocities) in cells.
+        learning_rate: in smallest cell edges per iteration.
+        fixed_weight, moving_weight: how much each cell counts, 0 to 1. What a displacement moves out of view never counts.
+        diffeomorphic: the field is the exponential of a stationary velocity, which is what is smoothed and regularised.
+        compatible: the convexAdam package's borders and sampling.
+    """
+    kernels = smoothing_kernels(fixed.shape[1:], 3, cell_mm, zero_border=compatible, device=fixed.device)
+    edge = min(cell_mm)
+    to_cells = torch.tensor([edge / size for size in cell_mm], device=fixed.device).view(3, 1, 1, 1)
+    parameters = ((logarithm(start) if diffeomorphic else start) / to_cells).requires_grad_()
+    optimiser = torch.optim.Adam([parameters], lr=learning_rate)
+    feature_cost = FeatureCost(fixed, moving, fixed_weight, moving_weight, compatible=compatible)
+    for _ in tqdm(range(iterations), desc="instance optimisation", leave=False, delay=5):
+        smooth = apply_kernels(parameters, kernels)
+        field = exponential(smooth * to_cells) if diffeomorphic else smooth * to_cells
+        gradient = feature_cost.gradient(field.detach())
+        roughness = regularisation * _roughness(smooth, [edge / size for size in cell_mm])
+        optimiser.zero_grad()
+        torch.autograd.backward([field, roughness], [gradient, torch.ones_like(roughness)])
+        optimiser.step()
+    # As in the package, the field of the last evaluation: the step taken after it is not used.
+    return (smooth * to_cells).detach() if iterations else start
+
+
+def _roughness(field: Cells, per_edge: Sequence[float]) -> Float[Tensor, ""]:
+    terms = []
+    for axis, factor in enumerate(per_edge):
+        change = field.diff(dim=axis + 1)
+        if change.numel():
+            terms.append(change.square().mean() * factor**2)
+    return torch.stack(terms).sum() if terms else field.sum() * 0
+
+
+class FeatureCost:
+    """The data term and its exact gradient with respect to displacements.
+
+    Features are kept with channels last, and a place is the weighted sum of its eight corner rows: `embedding_bag`, which is
+    several times faster on CPUs than `grid_sample` and its backward pass (measured).
+    """
+
+    def __init__(
+        self,
+        fixed: Features,
+        moving: Features,
+        fixed_weight: Weights | None = None,
+        moving_weight: Weights | None = None,
+        *,
+        compatible: bool = False,
+    ) -> None:
+        self.shape = fixed.shape[1:]
+        self.compatible = compatible
+        self.fixed = fixed.flatten(1).T.contiguous()
+        self.moving = moving.flatten(1).T.contiguous()
+        self.fixed_weight = None if fixed_weight is None else fixed_weight.flatten()
+        self.moving_weight = None if moving_weight is None else moving_weight.reshape(-1, 1).contiguous()
+        axes = [torch.arange(length, dtype=torch.float32, device=fixed.device) for length in self.shape]
+        self.identity = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+
+    def gradient(self, displacement: Cells) -> Cells:
+        """Of the mean cost over all cells, per cell of displacement."""
+        return self.cost_and_gradient(displacement)[1]
+
+    def cost_and_gradient(self, displacement: Cells) -> tuple[Float[Tensor, ""], Cells]:
+        """The mean cost over all cells, and its gradient."""
+        stretch = (
+            package_stretch(displacement) if self.compatible else torch.ones(3, 1, 1, 1, device=displacement.device)
+        )
+        places = self.identity + (displacement * stretch).flatten(1)
+        gradient = torch.empty_like(places)
+        cost = torch.zeros((), device=places.device)
+        for lower in range(0, places.shape[1], CHUNK):
+            chunk = slice(lower, lower + CHUNK)
+            part, gradient[:, chunk] = self._chunk(places[:, chunk], chunk)
+            cost += part
+        total = places.shape[1]
+        return cost / total, (gradient.view_as(displacement) * stretch) / total
+
+    def _chunk(self, places: Float[Tensor, "3 M"], chunk: slice) -> tuple[Float[Tensor, ""], Float[Tensor, "3 M"]]:
+        index, weights, slopes = self._corners(places)
+        residual = _rows(self.moving, index, weights) - self.fixed[chunk]
+        scale = REFERENCE_CHANNELS / self.fixed.shape[1]
+        counts = self._counts(places, index, weights, chunk)
+        costs = residual.square().sum(1) * scale
+        along = [(_rows(self.moving, index, slope) * residual).sum(1) for slope in slopes]
+        gradient = torch.stack(along) * (2 * scale)
+        if counts is None:
+            return costs.sum(), gradient
+        return (costs * counts).sum(), gradient * counts
+
+    def _counts(
+        self, places: Float[Tensor, "3 M"], index: Int[Tensor, "M 8"], weights: Float[Tensor, "M 8"], chunk: slice
+    ) -> Float[Tensor, M] | None:
+        if self.compatible:
+            return None
+        lengths = torch.tensor(self.shape, device=places.device).view(3, 1)
+        counts = ((places >= -0.5) & (places <= lengths - 0.5)).all(0).to(places.dtype)
+        if self.fixed_weight is not None:
+            counts = counts * self.fixed_weight[chunk]
+        if self.moving_weight is not None:
+            counts = counts * _rows(self.moving_weight, index, weights)[:, 0]
+        return counts
+
+    def _corners(
+        self, places: Float[Tensor, "3 M"]
+    ) -> tuple[Int[Tensor, "M 8"], Float[Tensor, "M 8"], list[Float[Tensor, "M 8"]]]:
+        """Flat index and weight of the eight corners around each place, and the derivative of the weights along z, y, x."""
+        near = places.floor()
+        far_share = places - near
+        shares, slopes, indices = [], [], []  # per axis: near and far corner
+        for axis, length in enumerate(self.shape):
+            corners = torch.stack((near[axis], near[axis] + 1))
+            share = torch.stack((1 - far_share[axis], far_share[axis]))
+            slope = torch.ones_like(share)
+            slope[0] = -1
+            if self.compatible:  # corners outside are zeros
+                inside = ((corners >= 0) & (corners < length)).to(share.dtype)
+                share, slope = share * inside, slope * inside
+            shares.append(share)
+            slopes.append(slope)
+            indices.append(corners.clamp(0, length - 1).long())
+        _, height, width = self.shape
+        index, weight = [], []
+        slope_columns: list[list[Tensor]] = [[], [], []]
+        for z, y, x in itertools.product(range(2), repeat=3):
+            index.append((indices[0][z] * height + indices[1][y]) * width + indices[2][x])
+            yx = shares[1][y] * shares[2][x]
+            weight.append(shares[0][z] * yx)
+            slope_columns[0].append(slopes[0][z] * yx)
+            slope_columns[1].append(shares[0][z] * slopes[1][y] * shares[2][x])
+            slope_columns[2].append(shares[0][z] * shares[1][y] * slopes[2][x])
+        return (
+            torch.stack(index, 1),
+            torch.stack(weight, 1),
+            [torch.stack(columns, 1) for columns in slope_columns],
+        )
+
+
+def _rows(
+    table: Float[Tensor, "V C"], index: Int[Tensor, "M 8"], weights: Float[Tensor, "M 8"]
+) -> Float[Tensor, "M C"]:
+    """The weighted sum of eight rows of the table for every place."""
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weights)

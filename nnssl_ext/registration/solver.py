@@ -1,0 +1,304 @@
+"""From two feature maps to a displacement field: pooling, coupled convex search, instance optimisation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.records import Size
+from nnssl_ext.registration.adam import optimise
+from nnssl_ext.registration.convex import (
+    COUPLINGS,
+    PACKAGE_COUPLINGS,
+    REFERENCE_CHANNELS,
+    consistent,
+    coupled_convex,
+)
+from nnssl_ext.registration.smoothness import match_smoothness, smoothness
+from nnssl_ext.registration.warp import (
+    cells_to_voxels,
+    exponential,
+    invert,
+    pad_to_multiple,
+    voxels_to_cells,
+)
+
+Spacing = tuple[float, float, float]
+Mask = Bool[Tensor, "Z Y X"]
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How two feature maps are registered. Lengths are in mm.
+
+    Attributes:
+        search_mm: largest displacement that the coarse search tries, along each axis; None: 4 coarse cells.
+        coarse_mm: cell edge of the coarse search; axes are pooled by the whole number of voxels that comes nearest. None:
+            4 voxels (the geometric mean of the spacings).
+        fine_mm: cell edge of the instance optimisation; None: 2 voxels.
+        regularisation: λ, the weight of the squared derivatives of the displacement (mm per mm). 1.25 is convexAdam's.
+        sdlogj: the smoothness to reach, as std of the log Jacobian determinant; λ is then searched for, starting at
+            `regularisation`. None: λ as given.
+        iterations, learning_rate: of Adam; the rate is in smallest edges of the fine cells. 0 iterations: coarse search only.
+        inverse_consistent: search in both directions and reconcile them.
+        diffeomorphic: the field is the exponential of a velocity, and free of folds.
+        rescale: scale the features so that two unrelated places differ as much as they do with MIND, so that `regularisation`
+            and the couplings mean the same for all features.
+        memory_gib: what the cost volume may take.
+        compatible: the conventions of the convexAdam package (see `convexadam`).
+    """
+
+    search_mm: float | None = None
+    coarse_mm: float | None = None
+    fine_mm: float | None = None
+    regularisation: float = 1.25
+    sdlogj: float | None = None
+    iterations: int = 80
+    learning_rate: float = 1.0
+    inverse_consistent: bool = True
+    diffeomorphic: bool = False
+    rescale: bool = True
+    memory_gib: float = 1.0
+    compatible: bool = False
+
+    @classmethod
+    def convexadam(
+        cls, grid_sp: int = 6, disp_hw: int = 4, grid_sp_adam: int = 2, **changes: float | bool
+    ) -> SolverSettings:
+        """What the package `convexAdam` 0.2.0 does, its defects included, on voxels of 1 mm; a means of comparison.
+
+        It counts zeros outside of the image, looks n / (n - 1) times as far as a displacement says, and drops what remains of
+        an axis that the pooling does not divide.
+        """
+        return cls(
+            search_mm=float(grid_sp * disp_hw),
+            coarse_mm=float(grid_sp),
+            fine_mm=float(grid_sp_adam),
+            rescale=False,
+            compatible=True,
+            **changes,  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class Field:
+    """A displacement field on the fixed grid, and how it came about.
+
+    Attributes:
+        displacement_voxels: ``(3, Z, Y, X)``, components z, y, x; ``warped(x) = moving(x + d(x))``.
+        spacing: mm per voxel, z, y, x.
+        velocity_voxels: of a diffeomorphic field, whose exponential it is.
+        regularisation: the λ that was used.
+        seconds: per stage.
+    """
+
+    displacement_voxels: Float[Tensor, "3 Z Y X"]
+    spacing: Spacing
+    velocity_voxels: Float[Tensor, "3 Z Y X"] | None = None
+    regularisation: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def displacement_mm(self) -> Float[Tensor, "3 Z Y X"]:
+        return self.displacement_voxels * self.displacement_voxels.new_tensor(self.spacing).view(3, 1, 1, 1)
+
+    def inverse(self) -> Field:
+        """From moving to fixed: exact for diffeomorphic fields, else by fixed-point iteration where nothing folds."""
+        if self.velocity_voxels is None:
+            return dataclasses.replace(self, displacement_voxels=invert(self.displacement_voxels))
+        backward = -self.velocity_voxels
+        return dataclasses.replace(self, displacement_voxels=exponential(backward), velocity_voxels=backward)
+
+    def __str__(self) -> str:
+        longest = float(self.displacement_mm.norm(dim=0).max())
+        return f"Field {tuple(self.displacement_voxels.shape[1:])} at {self.spacing} mm, up to {longest:.1f} mm"
+
+
+def register_features(
+    fixed: Float[Tensor, "C Z Y X"],
+    moving: Float[Tensor, "C Z Y X"],
+    spacing: Spacing,
+    settings: SolverSettings = SolverSettings(),
+    fixed_mask: Mask | None = None,
+    moving_mask: Mask | None = None,
+) -> Field:
+    """The displacement field that makes the moving features look like the fixed ones.
+
+    Args:
+        fixed, moving: features of two images on one grid.
+        spacing: mm per voxel.
+        fixed_mask, moving_mask: only what is True counts.
+
+    Raises:
+        NnsslError: maps of different shapes, values that are not finite, or an empty mask.
+    """
+    _check(fixed, moving, fixed_mask, moving_mask)
+    fixed, moving = fixed.float(), moving.float()
+    shape: Size = (fixed.shape[1], fixed.shape[2], fixed.shape[3])
+    if settings.rescale:
+        scale = _unit_scale(fixed, moving, fixed_mask, moving_mask)
+        fixed, moving = fixed * scale, moving * scale
+    started = time.perf_counter()
+    coarse = _coarse(fixed, moving, spacing, settings, fixed_mask, moving_mask)
+    seconds = {"coarse": time.perf_counter() - started}
+    if not settings.iterations:
+        return Field(coarse, spacing, seconds=seconds)
+    started = time.perf_counter()
+    pooling = _pooling(shape, spacing, settings.fine_mm or 2 * _mean(spacing))
+    fixed_cells, fixed_weight = _pool(fixed, pooling, fixed_mask, settings.compatible)
+    moving_cells, moving_weight = _pool(moving, pooling, moving_mask, settings.compatible)
+    start = _to_cells(coarse, pooling, settings.compatible)
+
+    def refine(regularisation: float) -> Field:
+        cells = optimise(
+            fixed_cells,
+            moving_cells,
+            start,
+            regularisation,
+            iterations=settings.iterations,
+            learning_rate=settings.learning_rate,
+            cell_mm=[factor * size for factor, size in zip(pooling, spacing, strict=True)],
+            fixed_weight=fixed_weight,
+            moving_weight=moving_weight,
+            diffeomorphic=settings.diffeomorphic,
+            compatible=settings.compatible,
+        )
+        voxels = _to_voxels(cells, pooling, shape, settings.compatible)
+        velocity = voxels if settings.diffeomorphic else None
+        return Field(voxels if velocity is None else exponential(velocity), spacing, velocity, regularisation)
+
+    chosen = settings.regularisation
+    if settings.sdlogj is not None:
+        chosen = match_smoothness(
+            lambda value: smoothness(refine(value).displacement_voxels, fixed_mask).sdlogj, settings.sdlogj, chosen
+        )
+    result = refine(chosen)
+    return dataclasses.replace(result, seconds=seconds | {"fine": time.perf_counter() - started})
+
+
+def _coarse(
+    fixed: Tensor,
+    moving: Tensor,
+    spacing: Spacing,
+    settings: SolverSettings,
+    fixed_mask: Mask | None,
+    moving_mask: Mask | None,
+) -> Float[Tensor, "3 Z Y X"]:
+    shape: Size = (fixed.shape[1], fixed.shape[2], fixed.shape[3])
+    pooling = _pooling(shape, spacing, settings.coarse_mm or 4 * _mean(spacing))
+    fixed_cells, fixed_weight = _pool(fixed, pooling, fixed_mask, settings.compatible)
+    moving_cells, moving_weight = _pool(moving, pooling, moving_mask, settings.compatible)
+    cell_mm = [factor * size for factor, size in zip(pooling, spacing, strict=True)]
+    search = settings.search_mm or 4 * _mean(cell_mm)
+    radius = _size(
+        max(min(round(search / size), length - 1), 0)
+        for size, length in zip(cell_mm, fixed_cells.shape[1:], strict=True)
+    )
+
+    def search_in(a: Tensor, b: Tensor, a_weight: Tensor | None, b_weight: Tensor | None) -> Tensor:
+        return coupled_convex(
+            a,
+            b,
+            radius,
+            fixed_weight=a_weight,
+            moving_weight=b_weight,
+            cell_mm=cell_mm,
+            couplings=PACKAGE_COUPLINGS if settings.compatible else COUPLINGS,
+            compatible=settings.compatible,
+            memory_bytes=settings.memory_gib * 2**30,
+        )
+
+    cells = search_in(fixed_cells, moving_cells, fixed_weight, moving_weight)
+    if settings.inverse_consistent:
+        opposite = search_in(moving_cells, fixed_cells, moving_weight, fixed_weight)
+        cells, _ = consistent(cells, opposite, compatible=settings.compatible)
+    return _to_voxels(cells, pooling, shape, settings.compatible)
+
+
+MIND_DIFFERENCE = 1.0
+"""12 × the mean squared difference of MIND between unrelated places of two hippocampus cases."""
+
+
+def _unit_scale(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: Mask | None) -> float:
+    """The factor that gives unrelated places of the two maps `MIND_DIFFERENCE`; 1 for constant maps."""
+    a = fixed.flatten(1) if fixed_mask is None else fixed[:, fixed_mask]
+    b = moving.flatten(1) if moving_mask is None else moving[:, moving_mask]
+    apart = (a.mean(1) - b.mean(1)).square() + a.var(1, unbiased=False) + b.var(1, unbiased=False)
+    difference = REFERENCE_CHANNELS * float(apart.mean())
+    return math.sqrt(MIND_DIFFERENCE / difference) if difference > 1e-12 else 1.0
+
+
+def _pooling(shape: Size, spacing: Spacing, cell_mm: float) -> Size:
+    """Whole voxels per cell that come nearest to a cell edge, leaving every axis at least two cells if it can."""
+    return _size(max(min(round(cell_mm / size), length // 2), 1) for size, length in zip(spacing, shape, strict=True))
+
+
+def _pool(features: Tensor, pooling: Size, mask: Mask | None, compatible: bool) -> tuple[Tensor, Tensor | None]:
+    """Means over cells, and the share of each cell that counts (None: everything does)."""
+    if compatible:
+        return F.avg_pool3d(features[None], pooling)[0], None
+    whole = all(length % factor == 0 for length, factor in zip(features.shape[1:], pooling, strict=True))
+    if mask is None and whole:
+        return F.avg_pool3d(features[None], pooling)[0], None
+    padded = pad_to_multiple(features, pooling)
+    counts = torch.ones_like(features[:1]) if mask is None else mask[None].to(features.dtype)
+    missing = [length - small for length, small in zip(padded.shape[1:], counts.shape[1:], strict=True)]
+    counts = F.pad(counts, (0, missing[2], 0, missing[1], 0, missing[0]))
+    weight = F.avg_pool3d(counts[None], pooling)[0]
+    means = F.avg_pool3d((padded * counts)[None], pooling)[0] / weight.clamp(min=1e-6)
+    means = torch.where(weight > 0, means, F.avg_pool3d(padded[None], pooling)[0])
+    return means, weight[0]
+
+
+def _to_voxels(cells: Tensor, pooling: Size, shape: Size, compatible: bool) -> Tensor:
+    if not compatible:
+        return cells_to_voxels(cells, pooling, shape)
+    scaled = cells * cells.new_tensor(pooling).view(3, 1, 1, 1)
+    return F.interpolate(scaled[None], size=shape, mode="trilinear", align_corners=False)[0]
+
+
+def _to_cells(voxels: Tensor, pooling: Size, compatible: bool) -> Tensor:
+    if not compatible:
+        return voxels_to_cells(voxels, pooling)
+    size = [length // factor for length, factor in zip(voxels.shape[1:], pooling, strict=True)]
+    cells = F.interpolate(voxels[None], size=size, mode="trilinear", align_corners=False)[0]
+    return cells / cells.new_tensor(pooling).view(3, 1, 1, 1)
+
+
+def _check(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: Mask | None) -> None:
+    if fixed.shape != moving.shape:
+        raise NnsslError(
+            f"features to register have shapes {tuple(fixed.shape)} and {tuple(moving.shape)}",
+            "bring both images onto one grid, with the same features",
+        )
+    for name, features in (("fixed", fixed), ("moving", moving)):
+        if not torch.isfinite(features).all():
+            raise NnsslError(f"the {name} features hold values that are not finite", "check the image for NaN or Inf")
+    for name, mask in (("fixed", fixed_mask), ("moving", moving_mask)):
+        if mask is None:
+            continue
+        if mask.shape != fixed.shape[1:]:
+            raise NnsslError(
+                f"the {name} mask has shape {tuple(mask.shape)}, the features {tuple(fixed.shape[1:])}",
+                "bring the mask onto the grid of the images",
+            )
+        if not mask.any():
+            raise NnsslError(f"the {name} mask is empty", "give a mask with foreground, or none")
+
+
+def _mean(spacing: Spacing | list[float]) -> float:
+    """Geometric mean: the edge of a cube of the same volume."""
+    return float((spacing[0] * spacing[1] * spacing[2]) ** (1 / 3))
+
+
+def _size(values) -> Size:  # type: ignore[no-untyped-def]
+    z, y, x = values
+    return z, y, x
