@@ -163,6 +163,35 @@ class PretrainingPlanner(ExperimentPlanner):
             "foreground_intensity_properties_per_channel": fingerprint["foreground_intensity_properties_per_channel"],
         }
 
+    def own_configuration(
+        self, spacing: list[float], median: list[float], data_identifier: str, architecture: dict[str, Any], patch: Size
+    ) -> dict[str, Any]:
+        """A configuration as nnU-Net's planner writes it, for a network of ours; without batch size and ``nnssl`` block.
+
+        Args:
+            spacing: target mm.
+            median: voxels of the median case at that spacing.
+        """
+        data_fn, data_kwargs, seg_fn, seg_kwargs = self.determine_resampling()
+        softmax_fn, softmax_kwargs = self.determine_segmentation_softmax_export_fn()
+        schemes, masks = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        return {
+            "data_identifier": data_identifier,
+            "preprocessor_name": self.preprocessor_name,
+            "patch_size": list(patch),
+            "median_image_size_in_voxels": median,
+            "spacing": spacing,
+            "normalization_schemes": schemes,
+            "use_mask_for_norm": masks,
+            "resampling_fn_data": data_fn.__name__,
+            "resampling_fn_seg": seg_fn.__name__,
+            "resampling_fn_data_kwargs": data_kwargs,
+            "resampling_fn_seg_kwargs": seg_kwargs,
+            "resampling_fn_probabilities": softmax_fn.__name__,
+            "resampling_fn_probabilities_kwargs": softmax_kwargs,
+            "architecture": architecture,
+        }
+
     def nnssl_block(
         self, configuration: dict[str, Any], divisor: Size, token: Size | None, reasons: dict[str, str]
     ) -> dict[str, Any]:

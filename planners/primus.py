@@ -62,27 +62,12 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
                 "choose another --patch_size or --token_size",
             )
         batch = largest_batch(lambda size: estimate(patch, size) <= target, MOST_CASES)
-        data_fn, data_kwargs, seg_fn, seg_kwargs = self.determine_resampling()
-        softmax_fn, softmax_kwargs = self.determine_segmentation_softmax_export_fn()
-        schemes, masks = self.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
-        configuration = {
-            "data_identifier": data_identifier,
-            "preprocessor_name": self.preprocessor_name,
-            "batch_size": self.overrides.batch_size
-            or self.supervised_batch(batch, patch, approximate_n_voxels_dataset),
-            "patch_size": list(patch),
-            "median_image_size_in_voxels": median,
-            "spacing": millimetres,
-            "normalization_schemes": schemes,
-            "use_mask_for_norm": masks,
-            "resampling_fn_data": data_fn.__name__,
-            "resampling_fn_seg": seg_fn.__name__,
-            "resampling_fn_data_kwargs": data_kwargs,
-            "resampling_fn_seg_kwargs": seg_kwargs,
-            "resampling_fn_probabilities": softmax_fn.__name__,
-            "resampling_fn_probabilities_kwargs": softmax_kwargs,
-            "architecture": self.architecture(token, patch),
-        }
+        configuration = self.own_configuration(
+            millimetres, median, data_identifier, self.architecture(token, patch), patch
+        )
+        configuration["batch_size"] = self.overrides.batch_size or self.supervised_batch(
+            batch, patch, approximate_n_voxels_dataset
+        )
         why = "asked for" if self.overrides.patch_size else self._patch_reason(patch, median, target)
         reasons = {"token_size": token_reason, "global_crop": why}
         configuration["nnssl"] = self.nnssl_block(configuration, token, token, reasons)

@@ -71,10 +71,10 @@ def resenc(**changes: Any) -> dict[str, Any]:
 
 def swin(**changes: Any) -> dict[str, Any]:
     arch = {
-        "feature_size": 24,
+        "feature_size": 12,
         "depths": [2, 1, 2, 1],
-        "num_heads": [3, 6, 12, 24],
-        "window_size": 7,
+        "num_heads": [1, 2, 4, 8],
+        "window_size": 5,
         "drop_path_rate": 0.0,
     } | changes
     return {"network_class_name": "nnssl_ext.networks.swin_unetr.SegmentationSwinUNETR", "arch_kwargs": arch}
@@ -119,14 +119,15 @@ def swin_network(architecture: dict[str, Any], channels: int) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "channels"), [({}, (32, 64, 96), 2), ({"window_size": 3, "depths": [1, 1, 1, 1]}, (64,) * 3, 1)]
+    ("changes", "size", "channels"),
+    [({}, (32, 32, 64), 2), ({"window_size": 3, "depths": [1, 1, 1, 1]}, (64, 32, 32), 1)],
 )
 def test_parameters_values_and_operations_of_swin_match_torch(changes, size, channels):
     network = swin_network(swin(**changes), channels)
     cost = network_cost(swin(**changes), size, channels, 3)
     assert cost.parameters == sum(p.numel() for p in network.parameters())
     x = torch.randn(1, channels, *size)
-    assert saved_bytes(network, x) / 4 == pytest.approx(cost.values, rel=0.01)
+    assert saved_bytes(network, x) / 4 == pytest.approx(cost.values, rel=0.02)
     autocast = saved_bytes(network, x, bf16=True) - 2 * cost.parameters
     assert 0.8 < autocast / (2.5 * cost.values + 3.5 * cost.probabilities) < 1
     assert cost.macs == pytest.approx(operations(network, x), rel=0.001)

@@ -2,7 +2,8 @@
 
 Primus S, B, M and L: Wald et al., "Primus", arXiv 2503.01835, with the regularisation of nnU-Net's Primus trainers. ResEnc M,
 L and XL: Isensee et al., "nnU-Net Revisited", arXiv 2404.09556; the three differ only in the GPU memory that patch and
-batch are planned for. The two Tiny presets are ours, sized by measurement for one CPU core.
+batch are planned for. The two Tiny presets are ours, sized by measurement for one CPU core. Swin UNETR: Hatamizadeh et al.,
+arXiv 2201.01266, with the numbers of a thesis on SimSiam for CT (AGH, 2023, code: dittohed/exploring-ssl-for-ct).
 """
 
 from __future__ import annotations
@@ -50,6 +51,24 @@ class ResEncPreset:
     max_stages: int | None = None
 
 
+@dataclass(frozen=True)
+class SwinPreset:
+    """A Swin UNETR of MONAI's.
+
+    Attributes:
+        feature_size: channels of the first encoder map, doubled from map to map.
+        depths, num_heads: blocks and attention heads of the four stages.
+        window_size: edge of the attention windows, in tokens.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0.
+    """
+
+    feature_size: int = 48
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+    num_heads: tuple[int, int, int, int] = (3, 6, 12, 24)
+    window_size: int = 7
+    drop_path_rate: float = 0.1
+
+
 PRIMUS_PRESETS = {
     # two patches of 40x56x40 voxels (1,400 tokens each), forward and backward: 0.8 CPU-seconds on a busy core (measured)
     "PrimusTiny": PrimusPreset(embed_dim=144, depth=4, num_heads=3, token_size=4, drop_path_rate=0.0),
@@ -68,3 +87,5 @@ RESENC_PRESETS = {
     "ResEncL": ResEncPreset(memory_gb=24.0),
     "ResEncXL": ResEncPreset(memory_gb=40.0),
 }
+
+SWIN_PRESETS = {"SwinUNETR": SwinPreset()}
