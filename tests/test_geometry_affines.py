@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nnssl_ext.geometry.affines import bounding_box, is_integer, rotation, view_to_case
+from nnssl_ext.geometry.affines import bounding_box, is_integer, quarter_turns, rotation, view_to_case
 
 angle = st.floats(-180, 180)
 angles = st.tuples(angle, angle, angle)
@@ -51,6 +51,18 @@ def test_flip_reverses_exactly_its_axes():
     np.testing.assert_array_equal(mapped(affine, np.array([[0.0, 0, 0], [3, 4, 5]])), [[13, 20, 35], [10, 24, 30]])
 
 
+@given(st.tuples(*[st.integers(0, 3)] * 3), st.tuples(*[st.booleans()] * 3), st.tuples(*[st.floats(0.5, 2)] * 3))
+def test_quarter_turns_are_rotations_and_leave_the_box_of_a_cube(counts, flips, zoom):
+    quarters = quarter_turns(counts)
+    np.testing.assert_allclose(quarters, rotation([90 * count for count in counts]), atol=1e-12)
+    size, centre = (8, 8, 8), (20.5, 21.0, 19.25)
+    turned, plain = (view_to_case(size, centre, flips=flips, quarters=q, zoom=zoom) for q in (quarters, None))
+    corners = [mapped(affine, all_voxels(size)) for affine in (turned, plain)]
+    for extreme in (np.min, np.max):
+        np.testing.assert_allclose(extreme(corners[0], 0), extreme(corners[1], 0), atol=1e-9)
+    assert np.abs(np.linalg.det(turned)) == pytest.approx(np.prod(zoom))
+
+
 @given(angles, st.floats(0.5, 2), st.tuples(*[st.booleans()] * 3))
 def test_centre_stays_and_distances_in_mm_scale_with_the_zoom(degrees, zoom, flips):
     spacing, size, centre = np.array([5.0, 0.8, 1.1]), (7, 9, 11), np.array([20.3, 40, 31])
@@ -76,9 +88,11 @@ def test_bounding_box_of_a_plain_crop_is_the_crop():
     assert (box.lower, box.upper) == ((10, 20, 30), (14, 25, 36))
 
 
-def test_only_shifts_and_flips_of_whole_voxels_are_integer():
+def test_only_shifts_flips_and_quarter_turns_of_whole_voxels_are_integer():
     crop = {"size": (4, 5, 6), "centre": (11.5, 22, 32.5)}
     assert is_integer(view_to_case(**crop)) and is_integer(view_to_case(**crop, flips=(True, True, False)))
+    assert is_integer(view_to_case((4, 6, 6), (11.5, 22.5, 32.5), quarters=quarter_turns((1, 0, 0))))
+    assert not is_integer(view_to_case((4, 5, 6), (11, 22, 32), quarters=quarter_turns((1, 0, 0))))  # half voxels
     assert not is_integer(view_to_case((4, 5, 6), (11.25, 22, 32.5)))
     assert not is_integer(view_to_case(**crop, degrees=(1, 0, 0)))
     assert not is_integer(view_to_case(**crop, zoom=(2, 2, 2)))

@@ -1,5 +1,6 @@
 """Views hold what their affines say, to a thousandth of a voxel; plain crops hold exactly it."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from scipy import ndimage
 from nnssl_ext.contracts import ViewDraw
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.loader import make_loader
-from nnssl_ext.geometry.affines import view_to_case
+from nnssl_ext.geometry.affines import is_integer, quarter_turns, view_to_case
 from nnssl_ext.geometry.matching import case_coordinates, matched_coordinates
 from nnssl_ext.views.augment import augment
 from nnssl_ext.views.cut import cut_views, resample
@@ -176,3 +177,15 @@ def test_a_crop_anywhere_even_outside_is_padded_with_zeros(lower, flip):
     padded = np.pad(region[0].numpy(), ((0, 0), (60, 60), (0, 0), (0, 0)))
     expected = padded[:, lower + 60 : lower + 64, 2:8, 3:8]
     np.testing.assert_array_equal(view, expected[:, ::-1, :, ::-1] if flip else expected)
+
+
+@pytest.mark.parametrize("counts", [*itertools.product((0, 1, 3), (0, 2), (0, 1, 2))])
+def test_quarter_turns_are_copied_exactly_as_numpy_turns(counts):
+    region = np.random.default_rng(0).random((2, 12, 12, 12), np.float32)
+    affine = view_to_case((6, 6, 6), (5.5, 4.5, 6.5), flips=(True, False, False), quarters=quarter_turns(counts))
+    assert is_integer(affine)
+    view = resample(torch.from_numpy(region)[None], affine[None, None], np.zeros((1, 3), int), (6, 6, 6))[0, 0]
+    expected = region[:, 3:9, 2:8, 4:10]
+    for count, plane in zip(counts, ((2, 3), (1, 3), (1, 2)), strict=True):  # about z, y, x
+        expected = np.rot90(expected, -count, plane)
+    np.testing.assert_array_equal(view, np.flip(expected, 1))
