@@ -2,7 +2,7 @@
 
 Our planners add a block ``configurations.<name>.nnssl`` to nnU-Net's plans::
 
-    {"schema": 1, "backbone": "primus" | "resenc", "preset": "PrimusM", "token_size": [8, 8, 8] | null,
+    {"schema": 1, "backbone": "primus" | "resenc" | "swin", "preset": "PrimusM", "token_size": [8, 8, 8] | null,
      "global_crop": [z, y, x], "local_crop": [z, y, x], "batch_size": 2,
      "memory_gb": {"target": 8.0, "estimate": 7.1}, "reasons": {"<setting>": "<one sentence>"}}
 

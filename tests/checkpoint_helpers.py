@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -77,6 +78,23 @@ def resenc(stages: int = 3, kernels: list[int] | None = None, **changes: Any) ->
         "network_class_name": "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet",
         "arch_kwargs": {**kwargs, **changes},
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def swin(**changes: Any) -> dict[str, Any]:
+    """A SegmentationSwinUNETR of 12 channels; skips the test where MONAI is missing."""
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI (extra: swin)")
+    kwargs = {
+        "feature_size": 12,
+        "depths": [1, 1, 1, 1],
+        "num_heads": [1, 2, 4, 8],
+        "window_size": 3,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * 5,
+    }
+    return {
+        "network_class_name": "nnssl_ext.networks.swin_unetr.SegmentationSwinUNETR",
+        "arch_kwargs": {**kwargs, **changes},
+        "_kw_requires_import": [],
     }
 
 

@@ -20,6 +20,10 @@ RESENC_PAPER = (
     "Isensee, F., et al. (2024). nnU-Net revisited: A call for rigorous validation in 3D medical image segmentation. "
     "MICCAI 2024. arXiv:2404.09556."
 )
+SWIN_PAPER = (
+    "Hatamizadeh, A., et al. (2022). Swin UNETR: Swin transformers for semantic segmentation of brain tumors in MRI images. "
+    "arXiv:2201.01266."
+)
 NNUNET_PAPER = (
     "Isensee, F., Jaeger, P. F., Kohl, S. A., Petersen, J., & Maier-Hein, K. H. (2021). nnU-Net: a self-configuring method "
     "for deep learning-based biomedical image segmentation. Nature Methods, 18(2), 203-211."
@@ -113,9 +117,9 @@ def input_channels(network: Any) -> int:
 def nnssl_citations(method: str, papers: Sequence[str], architecture: dict[str, Any]) -> list[dict[str, Any]]:
     """The papers of method, architecture and framework in the format that nnssl's readers print."""
     network = architecture["network_class_name"].rsplit(".", 1)[-1]
-    paper = PRIMUS_PAPER if "Primus" in network else RESENC_PAPER
+    papers_of = {"SegmentationPrimus": PRIMUS_PAPER, "SegmentationSwinUNETR": SWIN_PAPER}
     return [
         {"type": "Pretraining method", "name": method, "apa_citations": list(papers)},
-        {"type": "Architecture", "name": network, "apa_citations": [paper]},
+        {"type": "Architecture", "name": network, "apa_citations": [papers_of.get(network, RESENC_PAPER)]},
         {"type": "Framework", "name": "nnU-Net", "apa_citations": [NNUNET_PAPER]},
     ]

@@ -33,6 +33,8 @@ SAME_UNET = {
 PER_STAGE = ("features_per_stage", "n_blocks_per_stage", "n_conv_per_stage", "strides")
 """Must agree in the stages that both have. Kernels may grow: a rim of zeros changes nothing. The number of stages may differ."""
 
+SAME_SWIN = {"feature_size": None, "depths": None, "num_heads": None, "window_size": None}
+
 REMEDY = "leave -p away to plan the target with the checkpoint's own architecture, or plan it with the planner of the checkpoint"
 
 
@@ -51,8 +53,12 @@ def reconcile(
     if ours != theirs:
         raise NnsslError(f"{origin} holds a {ours}, plans {plans_name} build a {theirs}", REMEDY)
     old, new = source["arch_kwargs"], target["arch_kwargs"]
-    primus = ours == "SegmentationPrimus"
-    differences = _primus_differences(old, new, resize_tokens) if primus else _unet_differences(old, new)
+    if ours == "SegmentationPrimus":
+        differences = _primus_differences(old, new, resize_tokens)
+    elif ours == "SegmentationSwinUNETR":
+        differences = _unequal(SAME_SWIN, old, new)
+    else:
+        differences = _unet_differences(old, new)
     if differences:
         raise NnsslError(f"{origin} does not fit plans {plans_name}: " + "; ".join(differences), REMEDY)
 

@@ -103,12 +103,13 @@ def fit_patch(architecture: dict[str, Any], patch: Sequence[int], origin: str) -
 
 def _block(source: Pretrained, architecture: dict[str, Any], fixed_patch: bool) -> dict[str, Any]:
     """Our part of the plans (see `nnssl_ext.plans`): what the network is and why the numbers are what they are."""
-    primus = architecture["network_class_name"].endswith("Primus")
+    network = architecture["network_class_name"].rsplit(".", 1)[-1]
+    backbone = {"SegmentationPrimus": "primus", "SegmentationSwinUNETR": "swin"}.get(network, "resenc")
     return {
         "schema": 1,
-        "backbone": "primus" if primus else "resenc",
+        "backbone": backbone,
         "preset": source.preset,
-        "token_size": list(token_size(architecture["arch_kwargs"])) if primus else None,
+        "token_size": list(token_size(architecture["arch_kwargs"])) if backbone == "primus" else None,
         "reasons": {
             "architecture": f"that of {source.origin}",
             "patch_size": "given by the user" if fixed_patch else f"recommended by {source.origin}",

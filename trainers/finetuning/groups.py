@@ -14,12 +14,12 @@ from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
 
 Half = Literal["encoder", "decoder", "head"]
 
-_ENCODER = ("encoder.", "decoder.encoder.", "down_projection.", "eva.", "class_token", "register_tokens")
+_ENCODER = ("encoder.", "decoder.encoder.", "down_projection.", "eva.", "class_token", "register_tokens", "swinViT.")
 _NOT_DECAYED = ("pos_embed", "class_token", "register_tokens")
 
 
 def half_of(name: str) -> Half:
-    """The half of nnU-Net's U-Nets or of Primus that a parameter name belongs to; segmentation layers are the head."""
+    """The half of nnU-Net's U-Nets, Primus or Swin UNETR that a parameter name belongs to; segmentation layers are the head."""
     if ".seg_layers." in name:
         return "head"
     return "encoder" if name.startswith(_ENCODER) else "decoder"

@@ -2,7 +2,7 @@
 
 Sources of the values: **OpenMind** (arXiv 2412.17041: 150 epochs, warm-up over 15, then poly; CNN SGD 1e-3, from scratch
 1e-2, weight decay 3e-5; Primus AdamW 1e-4, from scratch 3e-4, weight decay 5e-2), **nnU-Net** (its trainer), **Primus**
-(arXiv 2503.01835 and nnU-Net's Primus trainers), and **measured** (hippocampus, one CPU thread, the small presets).
+(arXiv 2503.01835 and nnU-Net's Primus trainers), a thesis on SimSiam (Swin UNETR), and **measured** (hippocampus, one CPU thread, the small presets).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nnssl_ext.plans import configuration_of
 BLOCK = "nnssl_finetuning"
 """Where the settings live in a plans file: ``plans[BLOCK]``; any subset of the fields, the rest are the defaults."""
 
-Backbone = Literal["primus", "unet"]
+Backbone = Literal["primus", "unet", "swin"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,10 @@ PRIMUS = FinetuneSettings(
     deep_supervision=False,
 )
 RESENC = FinetuneSettings()
+# the SimSiam thesis' fine-tuning of MONAI's Swin UNETR: AdamW 1e-3 with torch's betas, weight decay 1e-5, from scratch the same
+SWIN = FinetuneSettings(
+    optimizer="adamw", lr_scratch=1e-3, betas=(0.9, 0.999), weight_decay=1e-5, deep_supervision=False
+)
 
 # The small presets train for CPU minutes, where nnU-Net's SGD at 1e-2 is hopeless (hippocampus, 450 iterations: 0.36 Dice
 # against 0.86 with AdamW) and augmentation costs more than it gives.
@@ -141,7 +145,7 @@ _SMALL_RATES: dict[str, dict[str, Any]] = {
 
 def default_settings(backbone: Backbone, preset: str = "") -> FinetuneSettings:
     """Defaults of a backbone family; presets ending in ``Tiny`` get those for minutes on a CPU."""
-    base = PRIMUS if backbone == "primus" else RESENC
+    base = {"primus": PRIMUS, "unet": RESENC, "swin": SWIN}[backbone]
     return replace(base, **_SMALL, **_SMALL_RATES[backbone]) if preset.endswith("Tiny") else base
 
 
@@ -149,6 +153,8 @@ def backbone_of(plans: dict[str, Any], configuration: str) -> Backbone:
     """The family of the network that these plans build."""
     found = configuration_of(plans, configuration)
     name = found["architecture"]["network_class_name"].rsplit(".", 1)[-1]
+    if "Swin" in name:
+        return "swin"
     return "primus" if "Primus" in name else "unet"
 
 

@@ -72,7 +72,7 @@ class MAESettings:
         if plan.preset.endswith("Tiny"):
             # hippocampus, 2,000 steps: 0.33 of a zero predictor's 0.94; betas as in MAE
             return cls(epochs=40, iterations=50, optim=OptimSettings(lr=2e-3, weight_decay=1e-2, betas=(0.9, 0.95)))
-        if plan.preset.startswith("Primus"):
+        if plan.preset.startswith(("Primus", "Swin")):  # transformers
             return cls()
         sgd = OptimSettings(
             optimizer="sgd", lr=1e-2, weight_decay=3e-5, betas=(0.99, 0.0), schedule="poly", warmup=0.0, clip=12.0
