@@ -1,0 +1,210 @@
+"""A trained (or, as a control, untrained) network as a describer of scans, with what it wants to be fed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Real
+from torch import nn
+
+from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.checkpoints.nnssl_format import from_nnssl
+from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
+from nnssl_ext.checkpoints.schema import kind_of
+from nnssl_ext.checkpoints.transfer import transfer
+from nnssl_ext.contracts import Backbone
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json
+from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.plans import configuration_of
+from nnssl_ext.records import Size
+
+CHANNELS = 1
+"""Scans are registered channel by channel; networks for more get the first layer's channels summed and divided evenly."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A network, frozen, and the preprocessing it was trained with.
+
+    Attributes:
+        backbone: in evaluation mode, without gradients.
+        spacing: mm along z, y, x, of the scan's axes.
+        axes: which of the scan's axes (z, y, x) are the network's three, in this order.
+        patch_size: voxels of the network's axes it was planned for.
+        scheme: class name of nnU-Net's intensity normalisation.
+        masked: whether that looks at the nonzero voxels only.
+        intensities: the data set's foreground statistics, which CT normalisation needs.
+        weights: whose weights these are, one phrase.
+        untrained: names of weights that no training touched.
+        notes: what deserves attention, one sentence each.
+    """
+
+    backbone: Backbone
+    spacing: tuple[float, float, float]
+    axes: Size
+    patch_size: Size
+    scheme: str
+    masked: bool
+    intensities: Mapping[str, float]
+    weights: str
+    untrained: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    def normalise(self, raw: Real[np.ndarray, "Z Y X"]) -> Float[np.ndarray, "Z Y X"]:
+        """The intensities that training saw: cropped to what is nonzero and normalised as nnU-Net does, on the scan's own
+        grid; around the crop its border is repeated.
+        """
+        import nnunetv2
+        from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+        from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+        module = "nnunetv2.preprocessing.normalization"
+        folder = str(Path(nnunetv2.__path__[0]) / "preprocessing" / "normalization")
+        scheme = recursive_find_python_class(folder, self.scheme, module)
+        if scheme is None:
+            raise NnsslError(
+                f"no normalisation {self.scheme}, which the network was trained with, is installed",
+                "install the package that holds it (nnssl_doctor checks the plugin)",
+            )
+        cropped, outside, box = crop_to_nonzero(np.asarray(raw, np.float32)[None])
+        normaliser = scheme(use_mask_for_norm=self.masked, intensityproperties=dict(self.intensities))
+        normal = np.asarray(normaliser.run(cropped[0], outside[0]), np.float32)
+        beyond = [(low, length - high) for (low, high), length in zip(box, raw.shape, strict=True)]
+        return np.pad(normal, beyond, mode="edge")
+
+
+def load_encoder(path: Path, device: torch.device) -> Encoder:
+    """The network in a checkpoint of ours, of nnssl (OpenMind), or of nnU-Net.
+
+    Raises:
+        NnsslError: no checkpoint, one of another kind, or one without (all of) an encoder's weights.
+    """
+    content = load_checkpoint(path)
+    kind = kind_of(content, path.name)
+    if kind == "nnssl_ext":
+        source = from_ours(content, path.name)
+        plans, configuration = content["nnssl_ext"]["plans"], content["nnssl_ext"]["configuration"]
+    elif kind == "nnunet":
+        plans, configuration = (content["init_args"].get(key) for key in ("plans", "configuration"))
+        if not isinstance(plans, dict):
+            raise NnsslError(
+                f"{path.name} does not say how its network is built", "use a checkpoint of nnU-Net 2.2 or newer"
+            )
+        source = _from_nnunet(content, plans, configuration, path.name)
+    else:
+        source = from_nnssl(content, path.name)
+        plans, configuration = _plans_of(source), "3d_fullres"
+    encoder = _build(plans, configuration, device, f"{source.method} ({path.name})")
+    network = encoder.backbone.network
+    architecture = configuration_of(plans, configuration)["architecture"]
+    table = transfer(source, network, architecture, CHANNELS, f"of {path.name}")
+    untrained = frozenset(table.keys("new"))
+    lacking = sorted(key for key in untrained if key.startswith(encoder.backbone.encoder_prefixes))
+    if lacking:
+        raise NnsslError(
+            f"{path.name} lacks {len(lacking)} weights of the encoder, e.g. {lacking[0]}",
+            "use a checkpoint whose pretraining has an encoder (nnssl_inspect shows what is in it)",
+        )
+    notes = list(source.notes)
+    if source.input_channels != CHANNELS:
+        notes.append(f"the network was trained on {source.input_channels} channels; their weights were summed for one")
+    return replace(encoder, untrained=untrained, notes=tuple(notes))
+
+
+def random_encoder(path: Path, device: torch.device, seed: int = 0) -> Encoder:
+    """The same network as in plans or in a checkpoint of ours, with nnU-Net's initial weights: the control.
+
+    Args:
+        path: a plans file (the first 3D configuration counts), or a checkpoint of ours.
+
+    Raises:
+        NnsslError: neither of these.
+    """
+    if path.suffix == ".json":
+        plans = read_json(path)
+        if not isinstance(plans, dict) or "configurations" not in plans:
+            raise NnsslError(f"{path} holds no plans", "give a plans file, such as a run's plans.json")
+        volumes = [name for name in plans["configurations"] if len(_found(plans, name).get("patch_size", ())) == 3]
+        if not volumes:
+            raise NnsslError(f"{path} has no 3D configuration", "give plans with one, such as 3d_fullres")
+        configuration = "3d_fullres" if "3d_fullres" in volumes else volumes[0]
+    else:
+        content = load_checkpoint(path)
+        if kind_of(content, path.name) != "nnssl_ext":
+            raise NnsslError(f"{path.name} was not written by nnssl_train", "give a plans file after random:")
+        plans, configuration = content["nnssl_ext"]["plans"], content["nnssl_ext"]["configuration"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _build(plans, configuration, device, f"random weights, seed {seed} ({path.name})")
+
+
+def _build(plans: dict[str, Any], configuration: str, device: torch.device, weights: str) -> Encoder:
+    found = configuration_of(plans, configuration)
+    if len(found["patch_size"]) != 3:
+        raise NnsslError(f"configuration {configuration} of {weights} is 2D", "registration needs a 3D network")
+    backbone = build_backbone(plans, configuration, CHANNELS)
+    module = cast(nn.Module, backbone).eval().requires_grad_(False).to(device)
+    forward = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
+    spacing = [0.0] * 3
+    for axis, mm in zip(forward, found["spacing"], strict=True):
+        spacing[axis] = float(mm)
+    pz, py, px = (int(edge) for edge in found["patch_size"])
+    return Encoder(
+        backbone=cast(Backbone, module),
+        spacing=(spacing[0], spacing[1], spacing[2]),
+        axes=(forward[0], forward[1], forward[2]),
+        patch_size=(pz, py, px),
+        scheme=found["normalization_schemes"][0],
+        masked=bool(found["use_mask_for_norm"][0]),
+        intensities=plans.get("foreground_intensity_properties_per_channel", {}).get("0", {}),
+        weights=weights,
+    )
+
+
+def _found(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    return configuration_of({"plans_name": "", **plans}, configuration)
+
+
+def _from_nnunet(content: dict[str, Any], plans: dict[str, Any], configuration: str, origin: str) -> Pretrained:
+    """A segmentation model of nnU-Net: its encoder was trained with labels."""
+    found = configuration_of(plans, configuration)
+    if "architecture" not in found:
+        raise NnsslError(f"{origin} has plans of an old nnU-Net", "use a checkpoint of nnU-Net 2.5 or newer")
+    return Pretrained(
+        origin=origin,
+        kind="nnunet",
+        method=str(content.get("trainer_name", "nnU-Net")),
+        weights=content["network_weights"],
+        not_pretrained=frozenset(),
+        architecture=found["architecture"],
+        preset="",
+        input_channels=len(found["normalization_schemes"]),
+        patch_size=tuple(found["patch_size"]),
+        spacing=None,
+        normalization_schemes=tuple(found["normalization_schemes"]),
+        batch_size=int(found["batch_size"]),
+        citations=[],
+        about={},
+    )
+
+
+def _plans_of(source: Pretrained) -> dict[str, Any]:
+    """Plans of one configuration for a checkpoint that comes without; a spacing that followed the data counts as 1 mm."""
+    return {
+        "plans_name": source.origin,
+        "configurations": {
+            "3d_fullres": {
+                "patch_size": list(source.patch_size),
+                "spacing": list(source.spacing or (1.0, 1.0, 1.0)),
+                "normalization_schemes": list(source.normalization_schemes),
+                "use_mask_for_norm": [False] * len(source.normalization_schemes),
+                "architecture": source.architecture,
+            }
+        },
+    }

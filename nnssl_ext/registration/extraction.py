@@ -1,0 +1,241 @@
+"""Feature maps of one volume from any backbone: whole or in tiles, at the network's resolution or finer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from nnssl_ext.contracts import Backbone
+from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.records import Size
+
+Volume = Float[Tensor, "C Z Y X"]
+Encode = Callable[[Tensor], Tensor]
+"""``(C, Z, Y, X)`` voxels to ``(E, z, y, x)`` features."""
+
+# Beyond these tokens attention, quadratic in them, takes minutes even where memory allows (a guess, not measured on GPUs).
+LONGEST_SEQUENCE = {"cpu": 20_000, "cuda": 300_000}
+# Live float32 values per channel and position at the widest point: residual, norm, q, k, v and both halves of a gated MLP of
+# 8/3; a residual block of convolutions, its norms and the skip.
+LIVE_PER_TOKEN, LIVE_PER_VOXEL = 14, 6
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """How features are read from a backbone.
+
+    Attributes:
+        level: ``encoder<i>`` or ``decoder<i>``, 0 the finest; "" for the encoder's finest level that is coarser than the image,
+            which for token backbones is the token map.
+        shifts: passes per axis over the volume shifted by equal parts of the level's stride, interlaced: 2 gives half the
+            stride for 8 passes. At most the stride itself; encoder levels only.
+        zoom: the volume is enlarged by this factor first: 2 gives half the stride for 8 times the tokens.
+        tile: voxels (of the enlarged volume) per pass; None: the whole volume where `memory_gib` and time allow, else tiles of
+            the patch that the network was planned for.
+        overlap: part of a tile's edge that it shares with the next tile. The outer quarter of it is not used at all, so that
+            tiles give what the whole volume gives to networks that see no further.
+        memory_gib: what one pass may take, by a rough estimate.
+    """
+
+    level: str = ""
+    shifts: int = 1
+    zoom: int = 1
+    tile: Size | None = None
+    overlap: float = 0.5
+    memory_gib: float = 8.0
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """Features on a grid of their own inside a volume.
+
+    Attributes:
+        values: ``(C, z, y, x)``.
+        stride: voxels of the volume between neighbours, per axis.
+        offset: voxel (not necessarily whole) of the first one, per axis.
+    """
+
+    values: Float[Tensor, "C z y x"]
+    stride: tuple[float, float, float]
+    offset: tuple[float, float, float]
+
+    def on_grid(self, size: Size) -> Float[Tensor, "C Z Y X"]:
+        """The features at every voxel of the volume, linearly interpolated; the outermost ones are repeated."""
+        values = self.values
+        for axis, (length, stride, offset) in enumerate(zip(size, self.stride, self.offset, strict=True), start=1):
+            values = _interpolated(values, axis, length, stride, offset)
+        return values
+
+    def pick(self, mask: Bool[Tensor, "Z Y X"]) -> Bool[Tensor, "z y x"]:
+        """The mask's value at the voxel nearest to each feature; False for features of what filled the volume up."""
+        for axis, (stride, offset) in enumerate(zip(self.stride, self.offset, strict=True)):
+            count, length = self.values.shape[axis + 1], mask.shape[axis]
+            places = (torch.arange(count, device=mask.device) * stride + offset).round().long()
+            mask = mask.index_select(axis, places.clamp(0, length - 1))
+            outside = (places < 0) | (places >= length)
+            mask = mask & ~outside.view([-1 if other == axis else 1 for other in range(3)])
+        return mask
+
+
+@torch.no_grad()
+def extract(
+    backbone: Backbone,
+    volume: Volume,
+    settings: ExtractionSettings = ExtractionSettings(),
+    patch_size: Size | None = None,
+) -> FeatureMap:
+    """Features of a whole volume. The backbone should be in evaluation mode, on the volume's device.
+
+    Args:
+        volume: normalised, at the spacing the backbone was trained for. Zeros fill it up to what the backbone demands, as
+            in training.
+        patch_size: voxels per tile where the volume needs tiles and `settings` name none.
+
+    Raises:
+        NnsslError: unknown level, shifts of a decoder level, or a tile that the backbone cannot take.
+    """
+    encode, stride = _level(backbone, settings)
+    parts = _size(math.gcd(settings.shifts, edge) for edge in stride)
+    step = _size(edge // count for edge, count in zip(stride, parts, strict=True))
+    zoom = float(settings.zoom)
+    if zoom > 1:
+        volume = functional.interpolate(volume[None], scale_factor=zoom, mode="trilinear", align_corners=False)[0]
+    needed = [n + edge - small for n, edge, small in zip(volume.shape[1:], stride, step, strict=True)]
+    padded = _size(-(-n // unit) * unit for n, unit in zip(needed, backbone.divisor, strict=True))
+    tile = settings.tile
+    if tile is None and patch_size is not None and not fits(backbone, padded, settings.memory_gib, volume.device):
+        tile = patch_size
+    if tile is not None:
+        encode = _tiled(encode, backbone.divisor, tile, settings.overlap)
+    values: Tensor | None = None
+    for index in itertools.product(*map(range, parts)):
+        before = [number * small for number, small in zip(index, step, strict=True)]
+        found = encode(_padded(volume, before, padded)).float()
+        if parts == (1, 1, 1):
+            values = found
+            break
+        if values is None:
+            values = found.new_empty((len(found), *(n * p for n, p in zip(found.shape[1:], parts, strict=True))))
+        # the further a volume was shifted to the right, the further left its features saw
+        values[(slice(None), *(slice(p - 1 - i, None, p) for p, i in zip(parts, index, strict=True)))] = found
+    assert values is not None
+    fine = [n / count for n, count in zip(padded, values.shape[1:], strict=True)]
+    first = [(edge - 1) / 2 - (edge - small) for edge, small in zip(stride, step, strict=True)]
+    if settings.level.startswith("decoder"):
+        first = [(edge - 1) / 2 for edge in fine]
+    sz, sy, sx = (edge / zoom for edge in fine)
+    oz, oy, ox = ((offset + 0.5) / zoom - 0.5 for offset in first)
+    return FeatureMap(values, (sz, sy, sx), (oz, oy, ox))
+
+
+def fits(backbone: Backbone, size: Size, memory_gib: float, device: torch.device) -> bool:
+    """Whether one pass over so many voxels stays within memory and within a sensible sequence length, by estimate."""
+    voxels = math.prod(size)
+    if backbone.token_size is None:
+        return 4 * LIVE_PER_VOXEL * max(backbone.channels[:2]) * voxels <= memory_gib * 2**30
+    tokens = voxels // math.prod(backbone.token_size)
+    small = 4 * LIVE_PER_TOKEN * backbone.channels[0] * tokens <= memory_gib * 2**30
+    return small and tokens <= LONGEST_SEQUENCE.get(device.type, LONGEST_SEQUENCE["cpu"])
+
+
+def _level(backbone: Backbone, settings: ExtractionSettings) -> tuple[Encode, Size]:
+    """A function from voxels to a level's map, and the stride by parts of which passes may be shifted."""
+    coarse = [i for i, stride in enumerate(backbone.strides) if max(stride) > 1]
+    name = settings.level or f"encoder{coarse[0]}"
+    levels = {"encoder": len(backbone.channels), "decoder": len(backbone.decoder_channels)}
+    known = [f"{kind}{i}" for kind, count in levels.items() for i in range(count)]
+    if name not in known:
+        raise unknown_name("level of the network", name, known)
+    kind, index = name[:7], int(name[7:])
+    if kind == "decoder" and settings.shifts > 1:
+        raise NnsslError(f"shifted passes cannot be interlaced for {name}", "use an encoder level, or one pass")
+
+    def encode(voxels: Tensor) -> Tensor:
+        with torch.autocast(voxels.device.type, torch.bfloat16, enabled=voxels.device.type == "cuda"):
+            features = backbone.forward_features(voxels[None])
+            return (features if kind == "encoder" else backbone.forward_decoder(features)).levels[index][0]
+
+    return encode, backbone.strides[index] if kind == "encoder" else (1, 1, 1)
+
+
+def _tiled(encode: Encode, divisor: Size, tile: Size, overlap: float) -> Encode:
+    """The same features from overlapping windows, blended linearly."""
+    if any(edge % unit for edge, unit in zip(tile, divisor, strict=True)):
+        raise NnsslError(f"tiles of {tile} voxels", f"make every edge a multiple of {divisor}")
+
+    def whole(volume: Tensor) -> Tensor:
+        size = _size(volume.shape[1:])
+        window = _size(map(min, tile, size))
+        steps = [
+            max(unit, int(edge * (1 - overlap)) // unit * unit) for edge, unit in zip(window, divisor, strict=True)
+        ]
+        starts = [_starts(n, edge, step) for n, edge, step in zip(size, window, steps, strict=True)]
+        total = weights = None
+        for lower in itertools.product(*starts):
+            part = encode(volume[(slice(None), *(slice(a, a + n) for a, n in zip(lower, window, strict=True)))]).float()
+            stride = [edge // count for edge, count in zip(window, part.shape[1:], strict=True)]
+            if total is None or weights is None:
+                shape = [n // edge for n, edge in zip(size, stride, strict=True)]
+                total, weights = part.new_zeros((len(part), *shape)), part.new_zeros(shape)
+            ramps = [
+                _ramp(count, edge, n - step, at > 0, at + n < end).to(part)
+                for count, edge, n, step, at, end in zip(
+                    part.shape[1:], stride, window, steps, lower, size, strict=True
+                )
+            ]
+            weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
+            place = tuple(
+                slice(at // edge, at // edge + count)
+                for at, edge, count in zip(lower, stride, part.shape[1:], strict=True)
+            )
+            total[(slice(None), *place)] += part * weight
+            weights[place] += weight
+        assert total is not None and weights is not None
+        return total / weights
+
+    return whole
+
+
+def _starts(length: int, window: int, step: int) -> list[int]:
+    """First voxels of windows that cover an axis, the last one flush with its end."""
+    return [*range(0, length - window, step), length - window]
+
+
+def _ramp(count: int, stride: int, shared: int, left: bool, right: bool) -> Float[Tensor, " N"]:
+    """Weights along one axis of a tile: 0 in the outer quarter of what it shares with a neighbour, then rising to 1."""
+    centres = (torch.arange(count) + 0.5) * stride
+    weight = torch.ones(count)
+    for neighbour, distance in ((left, centres), (right, count * stride - centres)):
+        if neighbour and shared:
+            weight = torch.minimum(weight, ((distance - shared / 4) / (shared / 2)).clamp(0, 1))
+    return weight
+
+
+def _padded(volume: Volume, before: list[int], size: Size) -> Volume:
+    """The volume with zeros before it and after it."""
+    after = [n - length - first for n, length, first in zip(size, volume.shape[1:], before, strict=True)]
+    return functional.pad(volume, (before[2], after[2], before[1], after[1], before[0], after[0]))
+
+
+def _interpolated(values: Tensor, axis: int, length: int, stride: float, offset: float) -> Tensor:
+    """Linear interpolation along one axis at voxels 0 ... length - 1."""
+    if stride == 1 and offset == 0 and values.shape[axis] >= length:
+        return values.narrow(axis, 0, length)
+    last = values.shape[axis] - 1
+    place = ((torch.arange(length, device=values.device) - offset) / stride).clamp(0, last)
+    lower = place.floor().long().clamp(max=max(last - 1, 0))
+    share = (place - lower).to(values.dtype).view([-1 if other == axis else 1 for other in range(4)])
+    first = values.index_select(axis, lower)
+    return torch.lerp(first, values.index_select(axis, (lower + 1).clamp(max=last)), share)
+
+
+def _size(lengths: Iterable[int]) -> Size:
+    z, y, x = lengths
+    return z, y, x

@@ -1,0 +1,246 @@
+"""What is compared: MIND, intensities, the features of any checkpoint, of the same network with random weights, or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Real
+from torch import Tensor
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.records import Size
+from nnssl_ext.registration.encoder import Encoder, load_encoder, random_encoder
+from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, extract
+from nnssl_ext.registration.mind import isotropic_dilation, mind
+from nnssl_ext.registration.projection import COMPONENTS, fuse, joint_pca
+
+Spacing = tuple[float, float, float]
+PERCENTILES = (1.0, 99.0)
+RANDOM = "random:"
+
+
+class FeatureSource(Protocol):
+    """One way to describe a scan.
+
+    Attributes:
+        name: as the user asked for it.
+        about: one phrase for reports.
+        spacing: mm along z, y, x at which scans must be described, or None for any.
+        components: keep that many principal components of a pair, or None for all channels as they are.
+        notes: what deserves attention, one sentence each.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def about(self) -> str: ...
+    @property
+    def spacing(self) -> Spacing | None: ...
+    @property
+    def components(self) -> int | None: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+    def normalise(
+        self, raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"]
+    ) -> Float[np.ndarray, "Z Y X"]:
+        """Intensities as `describe` wants them, on the scan's own grid."""
+        ...
+
+    def describe(self, volume: Float[Tensor, "Z Y X"], spacing: Spacing) -> FeatureMap:
+        """Features of a normalised volume that was brought onto the common grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mind:
+    """MIND-SSC. Its patches lie about 2 of the finest voxels from the voxel, in mm alike along all axes."""
+
+    radius: int = 1
+    dilation: int = 2
+    name: str = "mind"
+    spacing: Spacing | None = None
+    components: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def about(self) -> str:
+        return f"MIND-SSC, radius {self.radius}, dilation {self.dilation}"
+
+    def normalise(
+        self, raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"]
+    ) -> Float[np.ndarray, "Z Y X"]:
+        """The foreground's percentiles 1 and 99 as 0 and 1; MIND itself does not mind."""
+        low, width = _window(raw, foreground)
+        return ((raw - low) / width).astype(np.float32)
+
+    def describe(self, volume: Float[Tensor, "Z Y X"], spacing: Spacing) -> FeatureMap:
+        return FeatureMap(mind(volume, self.radius, isotropic_dilation(spacing, self.dilation)), (1, 1, 1), (0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """Intensities alone, for scans of one kind: the simplest control."""
+
+    name: str = "intensity"
+    about: str = "intensities between the foreground's percentiles 1 and 99"
+    spacing: Spacing | None = None
+    components: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def normalise(
+        self, raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"]
+    ) -> Float[np.ndarray, "Z Y X"]:
+        """The foreground's percentiles 1 and 99 as 0 and 1, clipped."""
+        low, width = _window(raw, foreground)
+        return ((raw - low) / width).clip(0, 1).astype(np.float32)
+
+    def describe(self, volume: Float[Tensor, "Z Y X"], spacing: Spacing) -> FeatureMap:
+        return FeatureMap(volume[None], (1, 1, 1), (0, 0, 0))
+
+
+@dataclass(frozen=True)
+class Network:
+    """Maps of a network.
+
+    Attributes:
+        encoder: the network and its preprocessing.
+        extraction: level, resolution and tiling.
+    """
+
+    name: str
+    encoder: Encoder
+    extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
+    components: int | None = COMPONENTS
+
+    @property
+    def about(self) -> str:
+        level = self.extraction.level or "finest coarse encoder level"
+        return f"{self.encoder.weights}, {level}"
+
+    @property
+    def spacing(self) -> Spacing | None:
+        return self.encoder.spacing
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.encoder.notes
+
+    def normalise(
+        self, raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"]
+    ) -> Float[np.ndarray, "Z Y X"]:
+        """As in the network's training; the foreground is not asked for."""
+        return self.encoder.normalise(raw)
+
+    def describe(self, volume: Float[Tensor, "Z Y X"], spacing: Spacing) -> FeatureMap:
+        """Features on the scan's axes; `spacing` should be the encoder's."""
+        axes = self.encoder.axes
+        found = extract(self.encoder.backbone, volume.permute(axes)[None], self.extraction, self.encoder.patch_size)
+        back = _size(int(place) for place in np.argsort(axes))
+        return FeatureMap(
+            found.values.permute(0, *(place + 1 for place in back)),
+            (found.stride[back[0]], found.stride[back[1]], found.stride[back[2]]),
+            (found.offset[back[0]], found.offset[back[1]], found.offset[back[2]]),
+        )
+
+
+def load_features(
+    text: str, device: torch.device, extraction: ExtractionSettings | None = None, seed: int = 0
+) -> tuple[FeatureSource, ...]:
+    """The sources that a user names.
+
+    Args:
+        text: ``mind``, ``intensity``, a checkpoint, ``random:`` and a plans file or a checkpoint of ours, or several of these
+            joined by ``+``. A network may be followed by ``@`` and a level of its own, as in ``last.pth@decoder0+mind``.
+        extraction: how maps are read from networks.
+        seed: of random weights.
+
+    Raises:
+        NnsslError: a name that is none of these, or a file that holds no network.
+    """
+    extraction = extraction or ExtractionSettings()
+    names = [text] if Path(text).is_file() else text.split("+")
+    return tuple(_source(name.strip(), device, extraction, seed) for name in names)
+
+
+def pair_features(
+    sources: Sequence[FeatureSource],
+    volumes: Sequence[tuple[Float[np.ndarray, "Z Y X"], Float[np.ndarray, "Z Y X"]]],
+    spacing: Spacing,
+    fixed_mask: Bool[Tensor, "Z Y X"],
+    moving_mask: Bool[Tensor, "Z Y X"],
+    weights: Sequence[float] | None = None,
+) -> tuple[Float[Tensor, "C Z Y X"], Float[Tensor, "C Z Y X"]]:
+    """Features of both scans at every voxel of the common grid, ready for `solver.register_features`.
+
+    Args:
+        sources: how to describe the scans.
+        volumes: per source, the fixed and the moving scan as its `normalise` returned them, brought onto the common grid.
+        spacing: mm of the common grid.
+        fixed_mask, moving_mask: foreground on the common grid, on the device where the work is to be done: what principal
+            components and the scale of several sources are computed from.
+        weights: of the sources; equal if None.
+    """
+    z, y, x = fixed_mask.shape
+    blocks = []
+    for source, pair in zip(sources, volumes, strict=True):
+        maps = [source.describe(torch.from_numpy(volume).to(fixed_mask.device), spacing) for volume in pair]
+        if source.components is not None:
+            maps = list(joint_pca(maps[0], maps[1], fixed_mask, moving_mask, source.components))
+        blocks.append((maps[0].on_grid((z, y, x)), maps[1].on_grid((z, y, x))))
+    return fuse(blocks, weights or [1.0] * len(blocks), fixed_mask, moving_mask)
+
+
+def working_spacing(sources: Sequence[FeatureSource]) -> Spacing | None:
+    """The spacing that all sources agree on, or None if any will do.
+
+    Raises:
+        NnsslError: networks that were trained at different spacings.
+    """
+    wanted = {source.spacing: source.name for source in sources if source.spacing is not None}
+    if len(wanted) > 1:
+        told = ", ".join(f"{name}: {spacing}" for spacing, name in wanted.items())
+        raise NnsslError(f"the networks were trained at different spacings ({told})", "fuse networks of one spacing")
+    return next(iter(wanted), None)
+
+
+def _source(name: str, device: torch.device, extraction: ExtractionSettings, seed: int) -> FeatureSource:
+    if name == "mind":
+        return Mind()
+    if name == "intensity":
+        return Intensity()
+    file, at, level = name.partition("@")
+    if at:
+        extraction = replace(extraction, level=level)
+    if file.startswith(RANDOM):
+        return Network(name, random_encoder(Path(file.removeprefix(RANDOM)), device, seed), extraction)
+    if not Path(file).is_file():
+        raise NnsslError(
+            f"no feature '{name}', and no checkpoint of that name",
+            "give mind, intensity, a checkpoint, random:PLANS.json, or several joined by +",
+        )
+    encoder = load_encoder(Path(file), device)
+    if extraction.level.startswith("decoder") and any(
+        key.startswith(encoder.backbone.decoder_prefixes) for key in encoder.untrained
+    ):
+        raise NnsslError(
+            f"{file}: its training left the decoder untouched", "use a level of the encoder, such as encoder0"
+        )
+    return Network(name, encoder, extraction)
+
+
+def _window(raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"]) -> tuple[float, float]:
+    low, high = (float(value) for value in np.percentile(raw[foreground], PERCENTILES))
+    if high <= low:
+        low, high = float(raw.min()), float(raw.max())
+    return low, high - low if high > low else 1.0
+
+
+def _size(lengths) -> Size:  # type: ignore[no-untyped-def]
+    z, y, x = lengths
+    return z, y, x
