@@ -167,3 +167,22 @@ def test_impossible_token_masks_are_refused():
             TokenMaskSettings((4, 4, 4), **wrong)
     with pytest.raises(NnsslError, match="do not divide"):
         draw_token_masks((30, 32, 32), 2, TokenMaskSettings((8, 8, 8)), np.random.default_rng(0), 0.5)
+
+
+@pytest.mark.parametrize("grid", [(1, 14, 14), (3, 20, 20), (12, 12, 12)])
+def test_blocks_have_their_volume_also_in_thin_grids(grid):
+    cells, rng = math.prod(grid) // 3, np.random.default_rng(0)
+    blocks = np.array([_draw_edges(grid, cells, TokenMaskSettings((4,) * 3), rng) for _ in range(800)])
+    assert (blocks >= 1).all() and (blocks <= grid).all()
+    assert blocks.prod(1).mean() == pytest.approx((4 + cells) / 2, rel=0.06)  # uniform from 4 to the cells left
+
+
+@pytest.mark.parametrize("hidden", [19, 58, 98])
+def test_a_grid_of_one_plane_is_masked_as_in_2d(hidden):
+    """As coherent as DINOv2's masks: neighbours that are both hidden or both visible."""
+    models = pytest.importorskip("lightly.models.utils", reason="lightly is only an oracle; pip install lightly")
+    theirs = np.stack([models.random_block_mask_image((14, 14), hidden).numpy() for _ in range(300)])
+    ours = np.stack([hide_cells((1, 14, 14), hidden, TokenMaskSettings((4,) * 3), rng)[0] for rng in generators(300)])
+    for axis in (1, 2):
+        differing = [np.mean(np.diff(masks, axis=axis)) for masks in (ours, theirs)]
+        assert differing[0] == pytest.approx(differing[1], rel=0.1)

@@ -149,9 +149,17 @@ def hide_cells(
 
 
 def _draw_edges(grid: Size, cells: int, settings: TokenMaskSettings, rng: np.random.Generator) -> Int[np.ndarray, " 3"]:
-    """Edges of a block of ``min_cells`` to `cells` cells (before rounding), each pair of them within the aspect."""
-    volume = rng.uniform(settings.min_cells, cells)
+    """Edges of a block of ``min_cells`` to `cells` cells (before rounding), each pair of them within the aspect.
+
+    Where the grid is too thin for an edge, the others grow, so that the volume is kept, also in a grid of one plane.
+    """
+    left = rng.uniform(settings.min_cells, cells)
     low, high = settings.aspect
-    stretch = rng.uniform(math.log(low) / 2, math.log(high) / 2, 3)
-    edges = volume ** (1 / 3) * np.exp(stretch - stretch.mean())
-    return np.clip(np.rint(edges).astype(int), 1, grid)
+    stretch = np.exp(rng.uniform(math.log(low) / 2, math.log(high) / 2, 3))
+    edges, free = np.empty(3), [*np.argsort(grid)]
+    while free:
+        axis = free[0]
+        edge = stretch[axis] * (left / stretch[free].prod()) ** (1 / len(free))
+        edges[axis] = min(max(edge, 1), grid[axis])
+        left /= edges[free.pop(0)]
+    return np.rint(edges).astype(int)
