@@ -55,7 +55,7 @@ def histogram_shift(voxels: Voxels, extent: Strength, seeds: Seeds) -> Voxels:
         curve[1:-1].lerp_(inner.sort().values, share)
     low, high = voxels.amin(SPATIAL, keepdim=True), voxels.amax(SPATIAL, keepdim=True)
     place = ((voxels - low) / (high - low).clamp(min=1e-7) * (CONTROL_POINTS - 1)).flatten(1)
-    below = place.long().clamp(max=CONTROL_POINTS - 2)
+    below = place.long().clamp(0, CONTROL_POINTS - 2)  # below 0 only NaN, with which a step is skipped later
     curves = curves.to(voxels.device, non_blocking=True)
     tone = torch.lerp(curves.gather(1, below), curves.gather(1, below + 1), place - below)
     return tone.view_as(voxels).mul_(high - low).add_(low)
