@@ -141,8 +141,13 @@ class StudentTeacher(nn.Module):
         self.crop_targets = TeacherTargets(head.prototypes, teacher.centring, teacher.centre_momentum)
         self.token_targets = TeacherTargets(head.prototypes, teacher.patch_centring, teacher.centre_momentum)
         self.pretrained_prefixes = backbone.encoder_prefixes
-        for name in ("temperature", "momentum", "distance"):
-            self.register_buffer(name, torch.zeros(()), persistent=False)
+        # what follows a schedule is filled in place, so that a compiled step need not be compiled again
+        for name, start in (
+            ("temperature", teacher.temperature[0]),
+            ("momentum", teacher.momentum[0]),
+            ("distance", 0.0),
+        ):
+            self.register_buffer(name, torch.tensor(start), persistent=False)
 
     def student(self) -> nn.ModuleDict:
         """What the teacher is a copy of."""
