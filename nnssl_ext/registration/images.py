@@ -132,7 +132,7 @@ def place(
         transform: world point of `grid` -> world point of the image; None for identity.
     """
     resampler = sitk.ResampleImageFilter()
-    resampler.SetReferenceImage(_reference(grid))
+    resampler.SetReferenceImage(reference(grid))
     resampler.SetTransform(transform or sitk.Transform(3, sitk.sitkIdentity))
     resampler.SetInterpolator(sitk.sitkNearestNeighbor if labels else sitk.sitkLinear)
     resampler.UseNearestNeighborExtrapolatorOn()
@@ -144,7 +144,7 @@ def view_field(image: sitk.Image, grid: Grid, transform: sitk.Transform | None =
     inside = sitk.Image(image.GetSize(), sitk.sitkUInt8) + 1
     inside.CopyInformation(image)
     transform = transform or sitk.Transform(3, sitk.sitkIdentity)
-    seen = sitk.Resample(inside, _reference(grid), transform, sitk.sitkNearestNeighbor, 0)
+    seen = sitk.Resample(inside, reference(grid), transform, sitk.sitkNearestNeighbor, 0)
     return sitk.GetArrayFromImage(seen) > 0
 
 
@@ -191,7 +191,7 @@ def _subgrid(grid: Grid, spacing: np.ndarray, lower: np.ndarray, size: np.ndarra
     return Grid((nz, ny, nx), (sz, sy, sx), (ox, oy, oz), grid.direction)
 
 
-def _reference(grid: Grid) -> sitk.Image:
+def reference(grid: Grid) -> sitk.Image:
     """The smallest image that tells SimpleITK about a grid; its voxels are of no interest."""
     image = sitk.Image(grid.size[::-1], sitk.sitkUInt8)
     image.SetSpacing(grid.spacing[::-1])

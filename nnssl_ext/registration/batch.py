@@ -1,0 +1,115 @@
+"""Many pairs from a CSV: resumable, and no pair ends the batch."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json, write_json
+from nnssl_ext.registration.outputs import MEASURES
+
+FAILURES = "failures.json"
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """The files of one pair; masks and labels may be missing."""
+
+    fixed: Path
+    moving: Path
+    fixed_mask: Path | None = None
+    moving_mask: Path | None = None
+    fixed_labels: Path | None = None
+    moving_labels: Path | None = None
+    init: str | None = None
+
+    def as_json(self) -> dict[str, str | None]:
+        """Plain strings."""
+        return {name: None if value is None else str(value) for name, value in asdict(self).items()}
+
+
+COLUMNS = ("name", *(field.name for field in fields(PairFiles)))
+
+
+def read_pairs(path: Path) -> dict[str, PairFiles]:
+    """Name -> pair, from a CSV with a header: ``fixed`` and ``moving``, and as needed the other `COLUMNS`.
+
+    Paths are relative to the CSV. Without a name, a pair is called after its files.
+
+    Raises:
+        NnsslError: no CSV, unknown or missing columns, an empty cell, or two pairs of one name.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or [])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise NnsslError(f"{path}: {error}", "give a CSV file with the columns fixed and moving") from error
+    unknown = sorted(set(columns) - set(COLUMNS))
+    if unknown or not {"fixed", "moving"} <= set(columns):
+        raise NnsslError(
+            f"{path}: columns {', '.join(columns) or 'none'}",
+            f"needed are fixed and moving, known besides: {', '.join(sorted(set(COLUMNS) - {'fixed', 'moving'}))}",
+        )
+    pairs: dict[str, PairFiles] = {}
+    for number, row in enumerate(rows, start=2):
+        given = {key: value.strip() for key, value in row.items() if key and value and value.strip()}
+        if "fixed" not in given or "moving" not in given:
+            raise NnsslError(f"{path}, line {number}: no fixed or no moving scan", "complete or delete the line")
+        files = {key: path.parent / value for key, value in given.items() if key not in ("name", "init")}
+        name = given.get("name") or f"{_stem(files['moving'])}_to_{_stem(files['fixed'])}"
+        if name in pairs or Path(name).name != name:
+            raise NnsslError(
+                f"{path}, line {number}: '{name}' is no new folder name", "give each pair a name of its own"
+            )
+        pairs[name] = PairFiles(**files, init=given.get("init"))
+    if not pairs:
+        raise NnsslError(f"{path} lists no pairs", "add a line per pair below the header")
+    return pairs
+
+
+def run_batch(
+    pairs: dict[str, PairFiles],
+    output: Path,
+    request: Callable[[PairFiles], dict[str, Any]],
+    register: Callable[[PairFiles, Path], object],
+    say: Callable[[str], None],
+) -> dict[str, str]:
+    """Register every pair into a folder of its own, unless it is there from an earlier run with the same request.
+
+    Args:
+        request: what a pair's measures say was asked for.
+        register: registers one pair into a folder.
+        say: takes one line per pair.
+
+    Returns:
+        Name -> what went wrong, for the pairs that failed; also written to ``failures.json``.
+    """
+    failures: dict[str, str] = {}
+    for number, (name, files) in enumerate(pairs.items(), start=1):
+        if _done(output / name, request(files)):
+            say(f"{number}/{len(pairs)} {name}: done before")
+            continue
+        try:
+            register(files, output / name)
+            say(f"{number}/{len(pairs)} {name}: done")
+        except Exception as error:  # noqa: BLE001 the others must go on, whatever it was
+            failures[name] = str(error) if isinstance(error, NnsslError) else f"{type(error).__name__}: {error}"
+            say(f"{number}/{len(pairs)} {name}: FAILED: {failures[name]}")
+    write_json(output / FAILURES, failures)
+    return failures
+
+
+def _done(folder: Path, request: dict[str, Any]) -> bool:
+    try:
+        return bool(read_json(folder / MEASURES).get("request") == request)
+    except NnsslError:
+        return False
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]

@@ -1,0 +1,180 @@
+"""From two scans to a displacement field between them."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.registration.affine import initial_transform
+from nnssl_ext.registration.features import FeatureSource, pair_features, working_spacing
+from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, place, view_field
+from nnssl_ext.registration.solver import Field, SolverSettings, register_features
+
+FAR_SPACING = 2.0
+"""A scan whose spacing differs by more than this factor from a network's shows details the network does not know, or lacks
+those it knows (our choice)."""
+SEARCH_VOXELS = 16  # the solver's default search range, in voxels of cubes: 4 cells of 4
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """How a pair is registered.
+
+    Attributes:
+        start: where the search starts, see `affine.initial_transform`.
+        spacing: mm of the common grid along z, y, x; None: what the features' networks were trained at, else cubes as fine as
+            the fixed scan's finest axis.
+        weights: of the features, where several are fused; None: equal.
+        solver: of the deformation.
+    """
+
+    start: str = "auto"
+    spacing: Spacing | None = None
+    weights: tuple[float, ...] | None = None
+    solver: SolverSettings = field(default_factory=SolverSettings)
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A registered pair.
+
+    Attributes:
+        fixed, moving: the scans.
+        initial: world point of the fixed scan -> world point of the moving scan, applied before the deformation.
+        initial_note: one sentence on where `initial` comes from.
+        grid: the common grid.
+        field: the deformation on it; ``warped(x) = moving(initial(x + d(x)))``.
+        fixed_mask: where the fixed scan's foreground is, on the common grid.
+        features: first channels of both scans' features, for pictures.
+        seconds: per stage.
+        memory_gib: peak per stage: of the device on CUDA, else of the process so far.
+        notes: what deserves attention, one sentence each.
+    """
+
+    fixed: Scan
+    moving: Scan
+    initial: sitk.Transform
+    initial_note: str
+    grid: Grid
+    field: Field
+    fixed_mask: Bool[np.ndarray, "Z Y X"]
+    features: tuple[Float[Tensor, "K Z Y X"], Float[Tensor, "K Z Y X"]]
+    seconds: dict[str, float]
+    memory_gib: dict[str, float]
+    notes: tuple[str, ...]
+
+
+def register_pair(
+    fixed: Scan,
+    moving: Scan,
+    sources: Sequence[FeatureSource],
+    settings: PairSettings = PairSettings(),
+    device: torch.device | str = "cpu",
+) -> Registration:
+    """Register two scans.
+
+    Raises:
+        NnsslError: fields of view that do not meet, no foreground in common, networks of different spacings, or no start.
+    """
+    device = torch.device(device)
+    seconds: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    with _measured("start", device, seconds, memory):
+        initial, initial_note = initial_transform(fixed, moving, settings.start)
+        spacing = settings.spacing or working_spacing(sources)
+        grid = common_grid(fixed, moving, initial, spacing, _reach(settings.solver, spacing or fixed.grid.spacing))
+        transforms = (sitk.Transform(3, sitk.sitkIdentity), initial)
+        views = [view_field(scan.image, grid, to) for scan, to in zip((fixed, moving), transforms, strict=True)]
+        natural = [scan.foreground() for scan in (fixed, moving)]
+        masks, counted = [], []
+        for scan, to, view, foreground in zip((fixed, moving), transforms, views, natural, strict=True):
+            inside = _placed(scan, foreground.astype(np.uint8), grid, to, labels=True) > 0
+            masks.append(_foreground(inside & view, scan))
+            counted.append(inside & view if scan.mask is not None else view)
+    with _measured("features", device, seconds, memory):
+        tensors = [torch.from_numpy(mask).to(device) for mask in masks]
+        volumes = []
+        for source in sources:
+            fixed_volume, moving_volume = (
+                _placed(scan, source.normalise(scan.voxels, foreground), grid, to)
+                for scan, to, foreground in zip((fixed, moving), transforms, natural, strict=True)
+            )
+            volumes.append((fixed_volume, moving_volume))
+        described = pair_features(sources, volumes, grid.spacing, tensors[0], tensors[1], settings.weights)
+    with _measured("solver", device, seconds, memory):
+        weights = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in counted]
+        found = register_features(*described, grid.spacing, settings.solver, *weights)
+    seconds |= {f"solver_{stage}": value for stage, value in found.seconds.items()}
+    notes = tuple(note for source in sources for note in (*source.notes, *_spacing_notes(source, fixed, moving, grid)))
+    few = tuple(maps[:12].cpu() for maps in described)
+    return Registration(
+        fixed, moving, initial, initial_note, grid, found, masks[0], (few[0], few[1]), seconds, memory, notes
+    )
+
+
+@contextmanager
+def _measured(stage: str, device: torch.device, seconds: dict[str, float], memory: dict[str, float]) -> Iterator[None]:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    yield
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        memory[stage] = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+        memory[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    seconds[stage] = time.perf_counter() - started
+
+
+def _reach(solver: SolverSettings, spacing: Spacing) -> float:
+    """mm beyond the fixed scan that a displacement may point to."""
+    return solver.search_mm or SEARCH_VOXELS * float(np.prod(spacing)) ** (1 / 3)
+
+
+def _placed(
+    scan: Scan, array: Shaped[np.ndarray, "Z Y X"], grid: Grid, transform: sitk.Transform, labels: bool = False
+) -> Shaped[np.ndarray, "z y x"]:
+    """An array on a scan's grid, brought onto the common grid."""
+    return place(scan.grid.image(array), grid, transform, labels)
+
+
+def _foreground(mask: Bool[np.ndarray, "Z Y X"], scan: Scan) -> Bool[np.ndarray, "Z Y X"]:
+    if not mask.any():
+        raise NnsslError(
+            f"{scan.path}: none of its foreground lies on the common grid",
+            "check the mask and the headers, or let the start be found (--init centre)",
+        )
+    return mask
+
+
+def _spacing_notes(source: FeatureSource, fixed: Scan, moving: Scan, grid: Grid) -> list[str]:
+    """Where a network sees voxels of another size than in its training."""
+    if source.spacing is None:
+        return []
+    found = []
+    if not np.allclose(grid.spacing, source.spacing, rtol=1e-3):
+        found.append(f"{source.name} was trained at {_mm(source.spacing)}, the common grid has {_mm(grid.spacing)}")
+    for scan in (fixed, moving):
+        ratio = np.array(scan.grid.spacing) / source.spacing
+        if max(ratio.max(), 1 / ratio.min()) > FAR_SPACING:
+            found.append(
+                f"{scan.path.name} has voxels of {_mm(scan.grid.spacing)}, outside the range of {source.name}, which was "
+                f"trained at {_mm(source.spacing)}: features may be poor"
+            )
+    return found
+
+
+def _mm(spacing: Spacing) -> str:
+    return "x".join(f"{value:.3g}" for value in spacing) + " mm"
