@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.registration.affine import initial_transform
+from nnssl_ext.registration.extraction import ExtractionSettings
 from nnssl_ext.registration.features import FeatureSource, pair_features, working_spacing
 from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, place, view_field
 from nnssl_ext.registration.solver import Field, SolverSettings, register_features
@@ -32,16 +33,19 @@ class PairSettings:
     """How a pair is registered.
 
     Attributes:
-        start: where the search starts, see `affine.initial_transform`.
+        init: where the search starts: none trusts the headers, centre aligns the foregrounds' centres of mass, rigid and affine
+            go on by mutual information, auto is none, or centre where the fields of view hardly meet; else a transform file.
         spacing: mm of the common grid along z, y, x; None: what the features' networks were trained at, else cubes as fine as
             the fixed scan's finest axis.
         weights: of the features, where several are fused; None: equal.
+        features: how maps are read from networks (for `features.load_features`).
         solver: of the deformation.
     """
 
-    start: str = "auto"
+    init: str = "auto"
     spacing: Spacing | None = None
     weights: tuple[float, ...] | None = None
+    features: ExtractionSettings = field(default_factory=ExtractionSettings)
     solver: SolverSettings = field(default_factory=SolverSettings)
 
 
@@ -91,7 +95,7 @@ def register_pair(
     seconds: dict[str, float] = {}
     memory: dict[str, float] = {}
     with _measured("start", device, seconds, memory):
-        initial, initial_note = initial_transform(fixed, moving, settings.start)
+        initial, initial_note = initial_transform(fixed, moving, settings.init)
         spacing = settings.spacing or working_spacing(sources)
         grid = common_grid(fixed, moving, initial, spacing, _reach(settings.solver, spacing or fixed.grid.spacing))
         transforms = (sitk.Transform(3, sitk.sitkIdentity), initial)

@@ -46,8 +46,8 @@ def draw_planes(
     labels = labels or {}
     first = next(iter(volumes.values()))
     channels = max(1 if _is_rgb(volume) else volume.shape[0] for volume in volumes.values())
-    windows = [_window(first[min(c, first.shape[0] - 1)]) for c in range(channels)]
-    heights = _row_heights(first.shape[1:], spacing)
+    windows = [window(first[min(c, first.shape[0] - 1)]) for c in range(channels)]
+    heights = row_heights(first.shape[1:], spacing)
     figure = Figure(figsize=(CELL * len(volumes), sum(heights) * channels + 0.3), dpi=DPI, layout="constrained")
     grid: Any = figure.subplots(
         3 * channels, len(volumes), squeeze=False, gridspec_kw={"height_ratios": heights * channels}
@@ -62,12 +62,12 @@ def draw_planes(
             axes = grid[row, column]
             low, high = windows[channel]
             origin = "upper" if plane == 0 else "lower"
-            aspect = _pixel_aspect(plane, spacing)
-            image = _middle(pages[channel], plane)
+            aspect = pixel_aspect(plane, spacing)
+            image = middle(pages[channel], plane)
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, origin=origin, aspect=aspect, interpolation="nearest")
             axes.autoscale(False)  # outlines must not widen the view
             if name in labels:
-                _outline(axes, _middle(labels[name], plane))
+                _outline(axes, middle(labels[name], plane))
     with atomic_write(png) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -81,24 +81,25 @@ def _is_rgb(volume: Shaped[np.ndarray, "_C _Z _Y _X"]) -> bool:
     return volume.dtype == np.uint8 and volume.shape[0] == 3
 
 
-def _middle(volume: np.ndarray, plane: int) -> np.ndarray:
+def middle(volume: np.ndarray, plane: int) -> np.ndarray:
     """The plane through the middle voxel, perpendicular to axis `plane`."""
     return volume.take(volume.shape[plane] // 2, axis=plane)
 
 
-def _pixel_aspect(plane: int, spacing: Sequence[float]) -> float:
+def pixel_aspect(plane: int, spacing: Sequence[float]) -> float:
     """Height of a pixel over its width, in mm."""
     vertical, horizontal = (axis for axis in range(3) if axis != plane)
     return float(spacing[vertical]) / float(spacing[horizontal])
 
 
-def _row_heights(shape: Sequence[int], spacing: Sequence[float]) -> list[float]:
+def row_heights(shape: Sequence[int], spacing: Sequence[float]) -> list[float]:
     """Inches per plane such that each plane fits `CELL` in width, and is at most twice as high."""
     z, y, x = (float(n) * float(s) for n, s in zip(shape, spacing, strict=True))
     return [CELL * min(2.0, max(0.2, height / width)) for height, width in ((y, x), (z, x), (z, y))]
 
 
-def _window(volume: Float[np.ndarray, "Z Y X"]) -> tuple[float, float]:
+def window(volume: Float[np.ndarray, "Z Y X"]) -> tuple[float, float]:
+    """The values to show as black and white, never equal."""
     finite = volume[np.isfinite(volume)]
     low, high = np.percentile(finite, WINDOW) if finite.size else (0.0, 1.0)
     return float(low), float(max(high, low + 1e-6))
