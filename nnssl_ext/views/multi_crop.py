@@ -85,7 +85,7 @@ class MultiCrop:
             box = draw_box(field_shape, size, case.spacing, scale, rng)
             centre = corner + rng.random(3) * (field_shape - box) + (box - 1) / 2
             pose = draw_pose(case, size, self.spatial, rng)
-            affine = replace(pose, zoom=pose.zoom * box / size).affine(case, size, centre)
+            affine = pose.affine(case, size, centre, zoom=box / size)
             chosen = self.intensity[min(number, len(self.intensity) - 1)] if self.intensity else None
             views.append(ViewDraw(size, affine, {} if chosen is None else draw_intensity(chosen, rng)))
         if self.mask is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
@@ -139,45 +140,55 @@ class Pose:
     degrees: np.ndarray
     zoom: np.ndarray
 
-    def affine(self, case: Case, size: Size, centre: np.ndarray) -> Affine:
-        """View voxel -> case voxel for a view around this case voxel."""
+    def affine(self, case: Case, size: Size, centre: np.ndarray, zoom: np.ndarray | float = 1.0) -> Affine:
+        """View voxel -> case voxel for a view around this case voxel, zoomed further along the case's axes."""
         return view_to_case(
             size,
             centre,
             flips=self.flips,
             quarters=self.quarters,
             degrees=self.degrees,
-            zoom=self.zoom,
+            zoom=self.zoom * zoom,
             spacing=case.spacing,
         )
 
 
 def draw_pose(case: Case, size: Size, settings: SpatialSettings, rng: np.random.Generator) -> Pose:
     """Flips, turns and zoom for a view of this size."""
-    spacing = np.asarray(case.spacing)
-    free = np.ones(3, bool)  # axes about which to turn, and axes in the plane of a zoom
-    zoomed = np.ones(3, bool)
-    if spacing.max() / spacing.min() > ANISOTROPY:
-        free = spacing == spacing.max()
-        zoomed = ~free
+    turned, zoomed = _free_axes(case.spacing)
     flips = rng.random(3) < settings.flip
     degrees, zoom = np.zeros(3), np.ones(3)
     if rng.random() < settings.rotation:
-        degrees = np.where(free, rng.uniform(-settings.degrees, settings.degrees, 3), 0.0)
+        degrees = np.where(turned, rng.uniform(-settings.degrees, settings.degrees, 3), 0.0)
     if rng.random() < settings.zoom:
         zoom[zoomed] = rng.uniform(*settings.zoom_range)
-    return Pose(flips, _draw_quarters(spacing, size, settings.rot90, rng), degrees, zoom)
+    quarters = None
+    if any(settings.rot90):
+        wanted = _exchangeable(case.spacing, size) & (rng.random(3) < settings.rot90)
+        counts = np.where(wanted, rng.integers(1, 4, 3), 0).tolist()
+        quarters = _quarter_turns(*counts) if any(counts) else None
+    return Pose(flips, quarters, degrees, zoom)
 
 
-def _draw_quarters(spacing: np.ndarray, size: Size, probability: Triple, rng: np.random.Generator) -> np.ndarray | None:
-    if not any(probability):
-        return None
-    counts = np.where(rng.random(3) < probability, rng.integers(1, 4, 3), 0)
-    for axis in range(3):
-        first, second = (other for other in range(3) if other != axis)
-        if size[first] != size[second] or abs(spacing[first] / spacing[second] - 1) > 0.01:
-            counts[axis] = 0
-    return quarter_turns(counts) if counts.any() else None
+@lru_cache
+def _free_axes(spacing: Triple) -> tuple[np.ndarray, np.ndarray]:
+    """Axes about which to turn, and axes along which to zoom: not out of the plane of thick slices."""
+    mm = np.asarray(spacing)
+    if mm.max() / mm.min() > ANISOTROPY:
+        return mm == mm.max(), mm != mm.max()
+    return np.ones(3, bool), np.ones(3, bool)
+
+
+@lru_cache
+def _exchangeable(spacing: Triple, size: Size) -> np.ndarray:
+    """Axes about which a quarter turn exchanges two axes of equal length and spacing."""
+    planes = ((1, 2), (0, 2), (0, 1))
+    return np.array([size[a] == size[b] and abs(spacing[a] / spacing[b] - 1) < 0.01 for a, b in planes])
+
+
+@lru_cache
+def _quarter_turns(z: int, y: int, x: int) -> np.ndarray:
+    return quarter_turns((z, y, x))
 
 
 def draw_affine(case: Case, size: Size, settings: SpatialSettings, rng: np.random.Generator) -> Affine:
