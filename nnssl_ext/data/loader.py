@@ -1,8 +1,8 @@
 """Batches of regions, a pure function of seed and sample number.
 
 Sample number ``n = step * batch_size * world_size + rank * batch_size + i`` fixes the case (by a permutation per epoch)
-and everything random about it (``np.random.default_rng([seed, n])``, and its quantile within the step). So a resumed run continues with the same batches,
-two processes with batch B see what one with 2B sees, and the number of workers changes nothing.
+and everything random about it (``np.random.default_rng([seed, n])``, and its quantile within the step). So a resumed run
+continues with the same batches, two processes with batch B see what one with 2B sees, and the number of workers changes nothing.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def make_loader(
     batch_size: int,
     rank: int = 0,
     world_size: int = 1,
+    accumulate: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> RegionLoader:
@@ -91,6 +92,7 @@ def make_loader(
         policy: draws each sample's views.
         batch_size: cases per step and process.
         rank, world_size: this process and the number of processes.
+        accumulate: batches per optimiser step: the quantiles of all their samples are stratified together.
         workers: reading processes; 0 reads in this one, which suits small machines.
         pin_memory: page-lock batches, for training on a GPU.
 
@@ -100,7 +102,7 @@ def make_loader(
     if not cases:
         raise NnsslError("there is no case to train on", "check the dataset, or the file given to --cases")
     loader: DataLoader[Any] = DataLoader(
-        _Samples(tuple(cases), policy, seed, batch_size * world_size),
+        _Samples(tuple(cases), policy, seed, batch_size * world_size * accumulate),
         batch_sampler=_Numbers(start_step, steps, batch_size, rank, world_size),
         num_workers=workers,
         collate_fn=_collate,

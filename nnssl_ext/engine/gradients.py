@@ -33,15 +33,21 @@ def compare_gradients(
     pulling = {name: part for name, part in parts.items() if part.requires_grad}
     if len(pulling) < 2:
         return {}
-    gradients = [torch.autograd.grad(p, wanted, retain_graph=True, allow_unused=True) for p in pulling.values()]
-    shared = [row for row in zip(*gradients, strict=True) if all(g is not None for g in row)]
-    if not shared:
+    gradients = []
+    for part in pulling.values():
+        found = torch.autograd.grad(part, wanted, retain_graph=True, allow_unused=True)
+        gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)])
+    lengths = torch.stack([torch.stack(torch._foreach_norm(row)) for row in gradients])
+    # compiled graphs give zeros where nothing is reached; all processes must compare the same parameters
+    reached = (cast(Tensor, fabric.all_reduce(lengths, reduce_op="sum")) > 0).all(dim=0).tolist()
+    if not any(reached):
         return {}
-    vectors = [torch.cat([gradient.flatten() for gradient in column]) for column in zip(*shared, strict=True)]
+    vectors = [torch.cat([g.flatten() for g, shared in zip(row, reached, strict=True) if shared]) for row in gradients]
     pulls = torch.stack([cast(Tensor, fabric.all_reduce(vector, reduce_op="mean")) for vector in vectors])
     norms = torch.linalg.vector_norm(pulls, dim=1)
     shares = (norms / norms.sum()).tolist()
-    cosines = (nn.functional.normalize(pulls, dim=1) @ nn.functional.normalize(pulls, dim=1).T).tolist()
+    directions = nn.functional.normalize(pulls, dim=1)
+    cosines = (directions @ directions.T).tolist()
     names = list(pulling)
     return {
         **{f"grad_share_{name}": share for name, share in zip(names, shares, strict=True)},
