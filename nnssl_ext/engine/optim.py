@@ -107,10 +107,10 @@ def build_optimizer(module: nn.Module, optim: OptimSettings, rules: Sequence[Opt
     `Schedule.apply` sets its rates before every step.
     """
     groups = parameter_groups(module, rules)
-    device = next(module.parameters()).device.type
+    fused = next(module.parameters()).device.type in ("cuda", "cpu")
     if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], nesterov=True, fused=device in ("cuda", "cpu"))
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=device in ("cuda", "cpu"))
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
 
 
 def clip_gradients(module: nn.Module, optim: OptimSettings) -> Float[Tensor, ""]:
