@@ -29,6 +29,7 @@ from nnssl_ext.records import Features, Size, Step, View
 from nnssl_ext.reports.feature_pca import pca_rgb
 from nnssl_ext.views.iou_pairs import IoUPairs
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
+from nnssl_ext.views.recipes import SIMSIAM_INTENSITY, SIMSIAM_SPATIAL
 
 WATCHED_CROPS, WATCHED_PLACES = 4, 256
 """Of how many crops, and of how many of their places, features are handed to monitors: enough to see a spatial collapse."""
@@ -61,12 +62,8 @@ class SimSiamSettings:
     predictor_dim: int = 512
     predictor: bool = True
     dense: float = 0.0
-    spatial: SpatialSettings = field(
-        default_factory=lambda: SpatialSettings(
-            flip=(0.5, 0.5, 0.5), rotation=0.0, rot90=(0.5, 0.5, 0.5), zoom=0.75, zoom_range=(0.8, 1.2)
-        )
-    )
-    intensity: IntensitySettings = field(default_factory=IntensitySettings)
+    spatial: SpatialSettings = SIMSIAM_SPATIAL
+    intensity: IntensitySettings = SIMSIAM_INTENSITY
     optim: OptimSettings = field(default_factory=lambda: _sgd(pairs=4))
 
     def __post_init__(self) -> None:
