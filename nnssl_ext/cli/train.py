@@ -53,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--compile", action="store_true", help="run the step through torch.compile")
     p.add_argument("--picture_epochs", type=int, default=10, help="draw pictures every so many epochs (default: 10)")
     p.add_argument(
+        "--probe_epochs",
+        type=int,
+        default=10,
+        help="where the dataset has labels, ask every so many epochs what a linear and a kNN classifier make of frozen "
+        "features; 0 = never (default: 10). Labels never reach the training",
+    )
+    p.add_argument(
         "--max_skipped", type=int, default=5, help="non-finite steps tolerated between checkpoints (default: 5)"
     )
     p.add_argument("--tracker", choices=("none", "tensorboard", "wandb"), default="none", help="optional extras")
@@ -109,6 +116,7 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
             compile=args.compile,
             max_skipped=args.max_skipped,
             picture_epochs=args.picture_epochs,
+            probe_epochs=args.probe_epochs,
             pretrained_weights=str(args.pretrained_weights) if args.pretrained_weights else None,
             tracker=args.tracker,
         ),

@@ -19,7 +19,16 @@ from nnssl_ext.records import Case
 
 LATEST, BEST, FINAL = "checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"
 
-FREE_TO_CHANGE = {"device", "precision", "workers", "compile", "picture_epochs", "tracker", "max_skipped"}
+FREE_TO_CHANGE = {
+    "device",
+    "precision",
+    "workers",
+    "compile",
+    "picture_epochs",
+    "probe_epochs",
+    "tracker",
+    "max_skipped",
+}
 """Run settings that may differ when a run continues: they change no batch and no schedule."""
 
 
@@ -119,7 +128,7 @@ def prepare(job: Job, resume: bool) -> bool:
     if latest.exists():
         _refuse_changes(read_json(job.output / "settings.json"), job)
     elif job.output.exists():
-        for stale in ("training_log.csv", "progress.png"):
+        for stale in ("training_log.csv", "progress.png", "diagnosis.txt", "report.html"):
             (job.output / stale).unlink(missing_ok=True)
     write_json(job.output / "settings.json", job.as_json())
     write_json(job.output / "plans.json", job.plans)

@@ -1,4 +1,4 @@
-"""The training log: one CSV row per epoch, a curve picture, and optional trackers."""
+"""The training log: one CSV row per epoch, what it shows (curves, findings), and optional trackers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Any
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
+from nnssl_ext.monitors.diagnosis import Finding, diagnose
+from nnssl_ext.monitors.rules import RULES
 from nnssl_ext.reports.curves import draw_progress
 
 Row = Mapping[str, float | int]
 
+HEALTHY = "no finding"
+
 
 class TrainingLog:
-    """Rows of ``training_log.csv`` in a run's folder; rewritten whole, so a kill never leaves half a row.
+    """Rows of ``training_log.csv`` in a run's folder; rewritten whole, so a kill never leaves half a row. Beside it
+    ``progress.png`` and ``diagnosis.txt`` say what the rows show.
 
     Args:
         output: the run's folder.
@@ -31,17 +36,30 @@ class TrainingLog:
             with open(self.path, newline="") as file:
                 rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
             self.rows = [row for row in rows if row["epoch"] < epochs_done]
+        self.findings: list[Finding] = diagnose(self.rows, RULES)
 
-    def add(self, row: Row) -> None:
-        """Append one epoch's figures, rewrite the file and the curves."""
+    def add(self, row: Row) -> list[str]:
+        """Append one epoch's figures, rewrite the files.
+
+        Returns:
+            What began and what ceased to be found with this row.
+        """
         self.rows.append(row)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         with atomic_write(self.path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        draw_progress(self.path, self.path.with_name("progress.png"))
+        before, self.findings = self.findings, diagnose(self.rows, RULES)
+        with atomic_write(self.path.with_name("diagnosis.txt")) as temporary:
+            temporary.write_text("\n".join(map(str, self.findings)) + "\n" if self.findings else f"{HEALTHY}\n")
+        draw_progress(self.path, self.path.with_name("progress.png"), self.findings)
         self.track(row)
+        old, new = ({finding.rule for finding in findings} for findings in (before, self.findings))
+        return [
+            *(str(finding) for finding in self.findings if finding.rule not in old),
+            *(f"no longer: {finding.rule}" for finding in before if finding.rule not in new),
+        ]
 
 
 def open_tracker(kind: str, output: Path, settings: dict[str, Any]) -> Callable[[Row], None]:

@@ -24,12 +24,14 @@ from nnssl_ext.engine.log import TrainingLog, open_tracker
 from nnssl_ext.engine.method import Beginning, begin, build_method
 from nnssl_ext.engine.optim import Schedule, build_optimizer
 from nnssl_ext.engine.pictures import draw_pictures
+from nnssl_ext.engine.probing import OnlineProbe, open_probe
 from nnssl_ext.engine.signals import StopRequest, stop_on_signal
 from nnssl_ext.engine.state import TrainState, data_seed, export, load_latest, save_latest
 from nnssl_ext.engine.step import Parts, StepGraph, optimizer_step
 from nnssl_ext.files import write_json
 from nnssl_ext.monitors.standard import standard_monitors
 from nnssl_ext.records import Step
+from nnssl_ext.reports.run_report import write_run_report
 
 SUMMED = "summed_steps"
 """Key of the number of steps in a sum of figures."""
@@ -37,11 +39,13 @@ SUMMED = "summed_steps"
 
 @dataclass
 class Watch:
-    """What observes a run on this process: monitors, the record of non-finite steps, the request to stop."""
+    """What observes a run on this process: monitors, the record of non-finite steps, the request to stop; on the first
+    process of a run on labelled data also the probe."""
 
     monitors: list[Monitor]
     faults: Faults
     stop: StopRequest
+    probe: OnlineProbe | None
 
 
 def assemble(fabric: Fabric, job: Job, method: nn.Module) -> Parts:
@@ -73,19 +77,20 @@ def pretrain(job: Job, resume: bool = False) -> bool:
     found = bool(fabric.broadcast(prepare(job, resume) if fabric.is_global_zero else False))
     beginning = Beginning(build_method(job)) if found else begin(job)
     parts = assemble(fabric, job, beginning.method)
-    state = TrainState(origin=beginning.origin)
+    state = TrainState(origin=beginning.origin, weight_norm=_norm(parts.method))
     if found:
         state = load_latest(job.output / LATEST, parts.method, parts.optimizer)
     fabric.print(f"{job}\ncontinuing at step {state.step}" if found else str(job))
     if beginning.table and fabric.is_global_zero:
         fabric.print(f"starting from {job.run.pretrained_weights}: {beginning.table}")
         write_json(job.output / "transfer.json", {**beginning.origin, **beginning.table.as_json()})
-    log = None
+    log = probe = None
     if fabric.is_global_zero:
         tracker = open_tracker(job.run.tracker, job.output, job.as_json())
         log = TrainingLog(job.output, state.step // job.settings.iterations, tracker)
+        probe = open_probe(job, fabric.device)
     with stop_on_signal() as stop:
-        watch = Watch(standard_monitors(), Faults(job.run.max_skipped), stop)
+        watch = Watch(standard_monitors(), Faults(job.run.max_skipped), stop, probe)
         batches = stream(parts, state)
         while state.step < job.total_steps:
             figures = train_epoch(parts, state, watch, batches)
@@ -101,6 +106,8 @@ def pretrain(job: Job, resume: bool = False) -> bool:
     if fabric.is_global_zero:
         save_checkpoint(job.output / FINAL, export(job, parts.method, state))
         draw_pictures(job, parts.method, fabric.device, job.output / "reconstruction_final.png")
+    if log is not None:
+        write_run_report(job.output, log.findings)
     fabric.print(f"finished: {job.output / FINAL}")
     fabric.barrier()
     return True
@@ -169,21 +176,28 @@ def close_epoch(
     watch.faults.forget()
     row["lr"] = parts.schedule.learning_rate(state.step - 1)
     row["weight_decay"] = parts.schedule.weight_decay(state.step - 1)
-    row["weight_norm"] = _norm(parts.method)
+    before, state.weight_norm = state.weight_norm, _norm(parts.method)
+    row["weight_norm"], row["weight_growth"] = state.weight_norm, state.weight_norm / before
     row["skipped"] = state.skipped
     for monitor in watch.monitors:
         row.update(monitor.say())
     better = figures.get("loss", float("inf")) < state.best
     state.best = min(state.best, figures.get("loss", float("inf")))
     save(parts, state)
+    news: list[str] = []
     if log is not None:
         if better:
             save_checkpoint(job.output / BEST, export(job, parts.method, state))
-        log.add(row)
+        if watch.probe is not None:
+            row.update(watch.probe.figures(epoch, parts.method))
+        news = log.add(row)
         if epoch % job.run.picture_epochs == 0:
             draw_pictures(job, parts.method, parts.fabric.device, job.output / f"reconstruction_{epoch:04d}.png")
+            write_run_report(job.output, log.findings)
     shown = {name: value for name, value in row.items() if name not in ("epoch", "step")}
     parts.fabric.print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+    for line in news:
+        parts.fabric.print(line)
 
 
 def save(parts: Parts, state: TrainState) -> None:
@@ -205,8 +219,8 @@ def roll_back(parts: Parts, state: TrainState, faults: Faults) -> TrainState:
     if latest.exists():
         restored = load_latest(latest, parts.method, parts.optimizer)
     else:
-        restored = TrainState(origin=state.origin)
         parts.method.load_state_dict(begin(job).method.state_dict())
+        restored = TrainState(origin=state.origin, weight_norm=_norm(parts.method))
         parts.optimizer.state.clear()
     if state.rollback_step == restored.step:
         raise faults.diagnosis(lr, job.run.precision)

@@ -55,7 +55,8 @@ class RunSettings:
         workers: reading processes per training process; 0 reads in the training process.
         compile: run the step through ``torch.compile``.
         max_skipped: non-finite steps tolerated between two checkpoints before the run rolls back.
-        picture_epochs: draw reconstructions every so many epochs (and at the end).
+        picture_epochs: draw pictures and write the report every so many epochs (and at the end).
+        probe_epochs: probe frozen features on labelled cases every so many epochs (and at the end); 0 = never.
         pretrained_weights: checkpoint whose weights the run starts from.
         tracker: also send the log to TensorBoard or W&B (optional extras).
     """
@@ -69,5 +70,6 @@ class RunSettings:
     compile: bool = False
     max_skipped: int = 5
     picture_epochs: int = 10
+    probe_epochs: int = 10
     pretrained_weights: str | None = None
     tracker: Literal["none", "tensorboard", "wandb"] = "none"

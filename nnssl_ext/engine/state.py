@@ -29,6 +29,7 @@ class TrainState:
         best: lowest epoch loss so far.
         sums: running sums of this epoch's figures, so that a run stopped in mid-epoch logs the whole epoch.
         comparison: figures of `compare_gradients` from the first step of this epoch.
+        weight_norm: norm of the trained weights when this epoch began.
         origin: the checkpoint that the run started from, see `nnssl_ext.engine.method.Beginning`; empty without one.
     """
 
@@ -39,6 +40,7 @@ class TrainState:
     best: float = float("inf")
     sums: dict[str, float] = field(default_factory=dict)
     comparison: dict[str, float] = field(default_factory=dict)
+    weight_norm: float = 0.0
     origin: dict[str, Any] = field(default_factory=dict)
 
 

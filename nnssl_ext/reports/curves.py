@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import csv
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
+from nnssl_ext.monitors.diagnosis import Finding
 
 # matplotlib is used through Figure objects only: no global state, no display, safe beside a notebook's own figures.
 
 COUNTERS = ("epoch", "step")
+SPARSE = ("probe_dice", "knn_dice", "probe_dice_random", "knn_dice_random")
+"""Not asked every epoch; elsewhere a gap in a curve means that a figure was missing or diverged."""
 RUNNING = {"lr": "learning rate", "grad_norm": "gradient norm", "cases_per_s": "cases per second"}
+GROUPS = {
+    "teacher outputs, entropy / ln K": (
+        "teacher_entropy",
+        "prototypes_entropy",
+        "patch_entropy",
+        "patch_prototypes_entropy",
+        "dino_of_ln_k",
+    ),
+    "prototypes used (share)": ("prototypes_used", "patch_prototypes_used"),
+    "collapse coefficient": ("projector_collapse", "predictor_collapse"),
+    "places within a crop": ("token_similarity", "token_variance_share"),
+    "Dice of frozen features": ("probe_dice", "probe_dice_random", "knn_dice", "knn_dice_random"),
+    "IoU of pairs": ("iou", "iou_fallback"),
+}
+"""Figures that are read together."""
+FAMILIES = {"grad_share_": "gradient shares", "grad_cosine_": "gradient cosines"}
+ALONE = ("kl", "momentum", "teacher_temperature", "teacher_distance")
+"""Logged beside the terms of the loss, but no terms."""
+REFERENCE = "_random"
+"""Figures whose names end so are lines to compare with."""
+COLOURS = {"alarm": "#b00020", "warning": "#8a5a00"}
 COLUMNS = 3
 PANEL = (4.2, 2.8)  # inches
+LINE = 0.17  # inches
 DPI = 100
 
 Log = dict[str, Float[np.ndarray, " rows"]]
@@ -38,16 +66,17 @@ def read_log(path: Path) -> Log:
     return {name: np.array([_number(row[name]) for row in rows]) for name in rows[0] if name}
 
 
-def draw_progress(log: Path, png: Path) -> None:
+def draw_progress(log: Path, png: Path, findings: Sequence[Finding] = ()) -> None:
     """Draw ``training_log.csv`` (one row per epoch) as panels: the loss with its terms, learning rate, gradient norm,
-    cases per second, and one panel for each further figure. Columns that are missing or never hold a number are
-    left out.
+    cases per second, `GROUPS`, and one panel for each further figure. Columns that are missing or never hold a number
+    are left out.
 
     Terms of the loss are the columns before ``lr``, as the engine writes them; later ones come from monitors.
 
     Args:
         log: the CSV file.
         png: written atomically.
+        findings: told above the panels.
 
     Raises:
         NnsslError: the log is unreadable or empty, or the picture cannot be written.
@@ -59,10 +88,19 @@ def draw_progress(log: Path, png: Path) -> None:
     epochs = columns.get("epoch", np.arange(len(next(iter(columns.values()), ()))))
     rows = max(1, -(-len(panels) // COLUMNS))
     figure = Figure(figsize=(PANEL[0] * COLUMNS, PANEL[1] * rows), dpi=DPI, layout="constrained")
+    _tell(figure, findings)
     for place, (title, names) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, COLUMNS, place)
         for name in names:
-            axes.plot(epochs, columns[name], marker="o" if len(epochs) < 30 else "", markersize=3, label=name)
+            known = np.isfinite(columns[name]) if name in SPARSE else np.full(len(epochs), True)
+            axes.plot(
+                epochs[known],
+                columns[name][known],
+                linestyle="--" if name.endswith(REFERENCE) else "-",
+                marker="o" if known.sum() < 30 and not name.endswith(REFERENCE) else "",
+                markersize=3,
+                label=name,
+            )
         if _spans_a_decade([columns[name] for name in names]):
             axes.set_yscale("log")
         else:
@@ -79,10 +117,31 @@ def draw_progress(log: Path, png: Path) -> None:
 def _panels(columns: Log) -> dict[str, list[str]]:
     """Panel title -> names of the columns drawn in it."""
     names = [name for name in columns if name not in COUNTERS]
+    grouped = {name: title for title, members in GROUPS.items() for name in members}
+    grouped |= {name: title for name in names for start, title in FAMILIES.items() if name.startswith(start)}
+    grouped |= {name: title for name, title in RUNNING.items()} | {name: name for name in ALONE}
     first_running = min((names.index(name) for name in RUNNING if name in names), default=len(names))
-    panels = {"loss": names[:first_running]} if first_running else {}
+    terms = [name for name in names[:first_running] if name not in grouped]
+    panels = {"loss": terms} if terms else {}
     panels |= {title: [name] for name, title in RUNNING.items() if name in names}
-    return panels | {name: [name] for name in names[first_running:] if name not in RUNNING}
+    for name in names:
+        if name not in terms and name not in RUNNING:
+            panels.setdefault(grouped.get(name, name), []).append(name)
+    return panels
+
+
+def _tell(figure: Any, findings: Sequence[Finding]) -> None:
+    """Write findings above the panels and make room for them."""
+    width, height = figure.get_size_inches()
+    told = [(finding, textwrap.wrap(str(finding), 150)) for finding in findings]
+    room = LINE * sum(len(lines) for _, lines in told)
+    figure.set_size_inches(width, height + room)
+    figure.get_layout_engine().set(rect=(0, 0, 1, height / (height + room)))
+    top = height + room - 0.05
+    for finding, lines in told:
+        text, colour = "\n".join(lines), COLOURS[finding.severity]
+        figure.text(0.01, top / (height + room), text, va="top", fontsize=8, color=colour, parse_math=False)
+        top -= LINE * len(lines)
 
 
 def _spans_a_decade(curves: list[Float[np.ndarray, " rows"]]) -> bool:
