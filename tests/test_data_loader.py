@@ -11,6 +11,7 @@ from preprocessed_cases import coordinate_volume, save_case
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.loader import RegionBatch, make_loader
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.views.iou_pairs import IoUPairs
 from nnssl_ext.views.masks import MaskSettings
 from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings
 
@@ -123,8 +124,9 @@ def test_the_quantiles_of_a_step_lie_one_in_each_interval_in_changing_order(case
 
     strata = []
     for rank in range(2):
-        seen.clear()
-        list(make_loader(cases, Listener(), seed=1, start_step=0, steps=40, batch_size=2, rank=rank, world_size=2))
+        loader = make_loader(cases, Listener(), seed=1, start_step=0, steps=40, batch_size=2, rank=rank, world_size=2)
+        seen.clear()  # of the trial of every case
+        list(loader)
         strata.append(np.reshape([int(4 * quantile) for quantile in seen], (40, 2)))
     steps = np.concatenate(strata, axis=1)
     assert np.array_equal(np.sort(steps, axis=1), np.tile(np.arange(4), (40, 1)))
@@ -149,4 +151,14 @@ def test_an_unreadable_case_is_named_also_from_a_worker(tmp_path, workers):
 def test_a_policy_that_does_not_fit_is_reported_as_such(cases):
     policy = SingleView((8, 12, 8), MaskSettings((5, 4, 4)))
     with pytest.raises(NnsslError, match="do not divide"):
-        list(make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=1, workers=1))
+        make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=1, workers=1)
+
+
+def test_a_case_that_the_policy_refuses_is_named_before_anything_is_read(tmp_path):
+    for name, shape in {"large": (20, 20, 20), "small": (12, 13, 14)}.items():
+        save_case(tmp_path, name, coordinate_volume(shape))
+    cases = list_cases(tmp_path, (1.0, 1.0, 1.0))
+    pairs = {"seed": 0, "start_step": 0, "steps": 1, "batch_size": 1}
+    make_loader(cases, IoUPairs((10, 10, 10), (0.4, 0.6)), **pairs)
+    with pytest.raises(NnsslError, match=r"case small of \(12, 13, 14\) voxels .* it reaches 0\.202 to 1"):
+        make_loader(cases, IoUPairs((10, 10, 10), (0.0, 0.1)), **pairs)

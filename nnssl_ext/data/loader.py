@@ -97,10 +97,13 @@ def make_loader(
         pin_memory: page-lock batches, for training on a GPU.
 
     Raises:
-        NnsslError: there are no cases; while iterating, a case cannot be read (also from a worker, and by name).
+        NnsslError: there are no cases, or the policy refuses one (its size, say); while iterating, a case cannot be read
+            (also from a worker, and by name).
     """
     if not cases:
         raise NnsslError("there is no case to train on", "check the dataset, or the file given to --cases")
+    for case in {(case.shape, case.spacing): case for case in cases}.values():
+        policy.draw(case, np.random.default_rng(seed), 0.5)  # a refusal should not wait for the case's turn
     loader: DataLoader[Any] = DataLoader(
         _Samples(tuple(cases), policy, seed, batch_size * world_size * accumulate),
         batch_sampler=_Numbers(start_step, steps, batch_size, rank, world_size),

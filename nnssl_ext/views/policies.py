@@ -59,10 +59,8 @@ class IntensitySettings:
         contrast, contrast_range: stretch about the mean, clamped to the former range.
         low_resolution, low_resolution_scale: sampling on a coarser grid and back.
         gamma_inverted, gamma, gamma_range: power law on the negative and on the image; mean and std are kept.
-
-    Not in nnU-Net, and off (see `nnssl_ext.views.corruptions`):
         random_convolutions, random_convolutions_alpha: mixing with a random network's output; for shapes that survive a
-            change of modality.
+            change of modality. Off and not in nnU-Net, as all that follow; see `nnssl_ext.views.corruptions`.
         histogram_shift, histogram_shift_extent: random monotone tone curve.
         bias_field, bias_field_extent: smooth multiplicative field. 0.5: TorchIO.
         sharpen, sharpen_amount: unsharp masking.
