@@ -132,7 +132,7 @@ class FeatureCost:
 
     def _counts(
         self, places: Float[Tensor, "3 M"], index: Int[Tensor, "M 8"], weights: Float[Tensor, "M 8"], chunk: slice
-    ) -> Float[Tensor, M] | None:
+    ) -> Float[Tensor, " M"] | None:
         if self.compatible:
             return None
         lengths = torch.tensor(self.shape, device=places.device).view(3, 1)

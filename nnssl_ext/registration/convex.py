@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nnssl_ext.records import Size
 from nnssl_ext.registration.separable import Kernels, apply_kernels, smoothing_kernels
-from nnssl_ext.registration.warp import warp
+from nnssl_ext.registration.warp import Padding, warp
 
 Features = Float[Tensor, "C z y x"]
 Weights = Float[Tensor, "z y x"]
@@ -25,7 +25,7 @@ Cells = Float[Tensor, "3 z y x"]
 
 REFERENCE_CHANNELS = 12
 """Costs are the mean squared difference over channels times this, whatever the number of channels: with MIND's 12 channels
-they equal the sum that the convexAdam package couples in its coarse stage and the mean × 12 of its Adam stage."""
+they equal the sum that the convexAdam package couples in its coarse stage and the 12-fold mean of its Adam stage."""
 
 COUPLINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """How strongly cells are drawn to their neighbours' choice, pass by pass. The package's, after a first, weak pull to zero
@@ -99,7 +99,7 @@ def consistent(
         compatible: the package's sampling, which stretches displacements by n / (n - 1) and sees zeros outside.
     """
     stretch = package_stretch(forward) if compatible else 1.0
-    padding = "zeros" if compatible else "border"
+    padding: Padding = "zeros" if compatible else "border"
     for _ in range(iterations):
         forward, backward = (
             (forward - warp(backward, forward * stretch, padding=padding)) / 2,

@@ -46,7 +46,7 @@ def target_registration_error(
     moving_points: Float[np.ndarray, "N 3"],
     displacement_voxels: Float[Tensor, "3 Z Y X"],
     spacing: Spacing,
-) -> Float[np.ndarray, "N"]:
+) -> Float[np.ndarray, " N"]:
     """Distance in mm between where the field takes each fixed landmark and the moving landmark.
 
     Args:

@@ -69,7 +69,8 @@ def smoothness(
     if mask is None:
         values = determinant.flatten()
     else:
-        values = determinant[tuple([mask[tuple(slice(margin, size - margin) for size in mask.shape)]])]
+        z, y, x = (slice(margin, -margin) for _ in range(3))
+        values = determinant[mask[z, y, x]]
     if not len(values):
         return Smoothness(0.0, 0.0, 0.0)
     positive = values[values > 0]

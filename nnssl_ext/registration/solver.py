@@ -223,8 +223,9 @@ def _coarse(
     return _to_voxels(cells, pooling, shape, settings.compatible)
 
 
-MIND_DIFFERENCE = 1.0
-"""12 × the mean squared difference of MIND between unrelated places of two hippocampus cases."""
+MIND_DIFFERENCE = 2.5
+"""Twelve times the mean squared difference of MIND (radius 1, dilation 2) between unrelated places of two images: 2.48, with
+a standard deviation of 0.06, over eight hippocampus pairs (measured)."""
 
 
 def _unit_scale(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: Mask | None) -> float:
