@@ -125,6 +125,7 @@ def stream(parts: Parts, state: TrainState) -> Iterator[RegionBatch]:
         batch_size=job.run.batch_size,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        accumulate=job.settings.optim.accumulate,
         workers=job.run.workers,
         pin_memory=fabric.device.type == "cuda",
     )
