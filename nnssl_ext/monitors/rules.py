@@ -16,7 +16,7 @@ CAUSES = (
     Rule(
         "teacher shares the student's weights",
         "alarm",
-        {"teacher_distance": (0, 0), "momentum": (0.5, INF), "lr": (1e-12, INF)},
+        {"teacher_distance": (0.0, 0.0), "momentum": (0.5, INF), "lr": (1e-12, INF)},
         "the teacher's weights equal the student's exactly although its momentum is {momentum:.4g}",
         "give the teacher a deep copy: the two must share no storage",
         "dino.md 3, row 1; a distance of 0 cannot come from a moving average of moving weights",
@@ -25,7 +25,7 @@ CAUSES = (
     Rule(
         "no teacher momentum",
         "alarm",
-        {"momentum": (0, 0.5)},
+        {"momentum": (0.0, 0.5)},
         "the teacher's momentum is {momentum:.3g}: it repeats what the student is, so both can agree on nothing",
         "raise the momentum to .99 or more (DINO: .996 to 1)",
         "BYOL (arXiv:2006.07733), Table 5a: momentum 0 collapses; DINO (arXiv:2104.14294), 5.2: a copied student too",
@@ -34,7 +34,7 @@ CAUSES = (
     Rule(
         "pairs do not overlap",
         "alarm",
-        {"iou": (0, 0.01)},
+        {"iou": (0.0, 0.01)},
         "the two crops of a pair have a mean IoU of {iou:.3f}: they show different tissue, yet shall look the same",
         "draw pairs with an IoU of .3 to .6: --iou 0.3 0.6",
         "methods.md 1: [0, 0] collapsed early and was worse than training from scratch",
@@ -52,7 +52,7 @@ CAUSES = (
     Rule(
         "non-finite steps",
         "warning",
-        {"skipped": (1, INF)},
+        {"skipped": (1.0, INF)},
         "{skipped:.0f} step(s) were skipped because loss or gradient was not finite",
         "see the cases named in the output; lower --optim.lr; --precision 32",
         "dino.md 4, NaN",
@@ -108,7 +108,7 @@ COLLAPSES = (
     Rule(
         "features on one line",
         "alarm",
-        {"effective_rank": (0, 1.5)},
+        {"effective_rank": (0.0, 1.5)},
         "pooled features vary along one direction only: effective rank {effective_rank:.2f}",
         "a dimensional collapse: check learning rate and views; look at the pictures of features",
         "RankMe (arXiv:2210.02885); 1.5 is ours",
@@ -116,7 +116,7 @@ COLLAPSES = (
     Rule(
         "spatial collapse",
         "warning",
-        {"token_variance_share": (0, 0.05), "token_similarity": (0.95, 1.01)},
+        {"token_variance_share": (0.0, 0.05), "token_similarity": (0.95, 1.01)},
         "places of one crop look alike (similarity {token_similarity:.3f}) while crops differ: places hold "
         "{token_variance_share:.1%} of the variance",
         "flips in 3D, no absolute positions, stronger intensity augmentation (methods.md 9); or a dense loss",
@@ -149,7 +149,7 @@ TRENDS = (
     Rule(
         "DINO flat, iBOT moves",
         "warning",
-        {"dino_range": (0, 0.005), "ibot_range": (0.03, INF), "dino_of_ln_k": (0.9, INF)},
+        {"dino_range": (0.0, 0.005), "ibot_range": (0.03, INF), "dino_of_ln_k": (0.9, INF)},
         "DINO flattened at {dino_of_ln_k:.3f} ln K (range {dino_range:.2%} over 10 epochs) while iBOT still moves "
         "({ibot_range:.1%})",
         "slower teacher-temperature warm-up, an EMA that ends below 1, another learning rate, higher mask ratio",
@@ -159,7 +159,7 @@ TRENDS = (
     Rule(
         "iBOT rises",
         "warning",
-        {"ibot_of_lowest": (1.1, INF), "teacher_temperature_range": (0, 1e-6)},
+        {"ibot_of_lowest": (1.1, INF), "teacher_temperature_range": (0.0, 1e-6)},
         "iBOT is {ibot_of_lowest:.2f} times its lowest value and stays there",
         "the teacher sharpens or drifts: check patch_entropy, momentum and learning rate",
         "dino.md 4: iBOT rising late was seen; 1.1 is ours",
@@ -168,7 +168,7 @@ TRENDS = (
     Rule(
         "rank falls",
         "warning",
-        {"rank_of_highest": (0, 0.33), "effective_rank": (0, 8)},
+        {"rank_of_highest": (0.0, 0.33), "effective_rank": (0.0, 8.0)},
         "the effective rank of pooled features fell to {effective_rank:.1f}, {rank_of_highest:.0%} of its highest",
         "a collapse may be under way: check teacher entropy, collapse coefficients and the learning rate",
         "RankMe (arXiv:2210.02885); numbers are ours",
