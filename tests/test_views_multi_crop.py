@@ -104,6 +104,18 @@ def test_all_views_lie_in_one_field_inside_the_case(shape):
     assert shape[2] < 300 or np.ptp(corners, axis=0)[2] > 200  # a long case: the field is anywhere along it
 
 
+@pytest.mark.parametrize("shape", [(35, 50, 36), (12, 60, 60), (1, 40, 40)])
+def test_enlarged_views_do_not_mix_in_the_padding_around_the_case(shape):
+    policy = MultiCrop((1, 32, 32) if shape[0] == 1 else (32, 32, 32), (min(shape[0], 16), 16, 16), spatial=STILL)
+    for views in draws(policy, case(shape), 40):
+        for view in views:
+            first, zoom = view.affine[:3, 3], np.diag(view.affine)[:3]
+            last = first + zoom * (np.array(view.size) - 1)
+            fits = zoom * view.size + np.maximum(0, 1 - zoom) <= shape  # else centred, and short of a voxel by 1 - zoom
+            assert (first[fits] >= -1e-9).all() and (last[fits] <= np.array(shape)[fits] - 1 + 1e-9).all()
+            assert (np.maximum(-first, last - shape + 1) <= np.maximum(0, 1 - zoom) / 2 + 1e-9).all()
+
+
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (5.0, 1.0, 1.2)])
 def test_every_view_shows_the_place_its_affine_states(tmp_path, spacing):
     for number, shape in enumerate([(40, 44, 42), (12, 52, 36), (30, 18, 64)]):

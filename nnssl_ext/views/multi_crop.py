@@ -83,7 +83,7 @@ class MultiCrop:
             globally = number < self.globals_
             size, scale = (self.global_size, self.global_scale) if globally else (self.local_size, self.local_scale)
             box = draw_box(field_shape, size, case.spacing, scale, rng)
-            centre = corner + rng.random(3) * (field_shape - box) + (box - 1) / 2
+            centre = corner + draw_lower(field_shape, box, size, rng) + (box - 1) / 2
             pose = draw_pose(case, size, self.spatial, rng)
             affine = pose.affine(case, size, centre, zoom=box / size)
             chosen = self.intensity[min(number, len(self.intensity) - 1)] if self.intensity else None
@@ -92,6 +92,17 @@ class MultiCrop:
             masks = draw_token_masks(self.global_size, self.globals_, self.mask, rng, quantile)
             views[: self.globals_] = [replace(view, mask=mask) for view, mask in zip(views, masks, strict=False)]
         return tuple(views)
+
+
+def draw_lower(field_shape: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> np.ndarray:
+    """Where a view's box begins in the field, uniformly, but in the middle where there is no room.
+
+    Enlarged views keep off the border by what puts the centres of their outermost voxels, which are smaller than the case's,
+    between centres of the case's voxels: beyond, interpolation would mix in the padding.
+    """
+    margin = np.maximum(0, (1 - box / size) / 2)
+    room = field_shape - box - 2 * margin
+    return np.where(room > 0, margin + rng.random(3) * room, (field_shape - box) / 2)
 
 
 def draw_box(
