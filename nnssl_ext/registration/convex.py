@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nnssl_ext.records import Size
+from nnssl_ext.registration.pooling import geometric_mean
 from nnssl_ext.registration.separable import Kernels, apply_kernels, smoothing_kernels
 from nnssl_ext.registration.warp import Padding, warp
 
@@ -48,7 +49,7 @@ def coupled_convex(
     couplings: Sequence[float] = COUPLINGS,
     temperature: float | None = None,
     compatible: bool = False,
-    memory_bytes: float = 2**30,
+    memory_bytes: int = 2**30,
 ) -> Cells:
     """Displacements, in cells, that a coarse search finds.
 
@@ -67,7 +68,7 @@ def coupled_convex(
     shape = fixed.shape[1:]
     kernels = smoothing_kernels(shape, 1, cell_mm, zero_border=compatible, device=fixed.device)
     mesh = _box(radius, fixed.device)
-    scale = torch.tensor([size / _mean_size(cell_mm) for size in cell_mm], device=fixed.device).view(3, 1)
+    scale = torch.tensor([size / geometric_mean(cell_mm) for size in cell_mm], device=fixed.device).view(3, 1)
     weights = None if compatible else _weights(fixed, fixed_weight, moving_weight)
     # Cost, coupled cost and one temporary.
     rows = max(int(memory_bytes / (3 * 4 * mesh.shape[1] * shape[1] * shape[2])), 1)
@@ -119,10 +120,6 @@ def _box(radius: Size, device: torch.device) -> Float[Tensor, "3 N"]:
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1)
 
 
-def _mean_size(cell_mm: Sequence[float]) -> float:
-    return float((cell_mm[0] * cell_mm[1] * cell_mm[2]) ** (1 / 3))
-
-
 def _weights(fixed: Features, fixed_weight: Weights | None, moving_weight: Weights | None) -> tuple[Weights, Weights]:
     everywhere = torch.ones(fixed.shape[1:], device=fixed.device)
     return (
@@ -142,7 +139,7 @@ def _choose(
     """For every cell the displacement with the least ``cost + coupling * |displacement - centre|²``."""
     # |m - c|² without |c|², which is the same for all displacements of a cell
     steps, centre = mesh * scale, centre * scale
-    coupled = torch.addmm(costs, (-2 * coupling * steps).T, centre) + coupling * steps.square().sum(0)[:, None]
+    coupled = torch.addmm(costs, (-2 * coupling * steps).T, centre).add_(coupling * steps.square().sum(0)[:, None])
     if temperature is None:
         return mesh[:, coupled.min(0).indices]
     return mesh @ torch.softmax(-temperature * coupled, 0)
@@ -170,27 +167,28 @@ def _cost_slab(
     if weights is not None:
         fixed_weight = weights[0][None, first:last]
         moving_weight = _rows(weights[1][None], first - radius[0], last + radius[0], radius)
-    costs, evidence = [], []
+    across = (2 * radius[1] + 1) * (2 * radius[2] + 1)
+    cost = fixed.new_empty((2 * radius[0] + 1) * across, upper - lower, *fixed.shape[2:])
+    evidence = None if weights is None else torch.empty_like(cost)
     for shift in range(2 * radius[0] + 1):
         part = moving[:, shift : shift + fixed.shape[1]]
         if torch.is_grad_enabled() and (fixed.requires_grad or moving.requires_grad):
             difference = checkpoint(_differences, fixed, part, radius, use_reentrant=False)
         else:
             difference = _differences(fixed, part, radius)
-        if weights is not None:
+        here = slice(shift * across, (shift + 1) * across)
+        if evidence is not None:
             seen = fixed_weight[0] * _shifts(moving_weight[:, shift : shift + fixed.shape[1]], radius)[0]
-            evidence.append(apply_kernels(seen, twice).flatten(1))
+            evidence[here] = apply_kernels(seen, twice)
             difference = difference * seen
-        costs.append(apply_kernels(difference, twice).flatten(1))
-    cost = torch.cat(costs)
-    if weights is None:
-        return cost
-    count = torch.cat(evidence)
-    typical = cost.sum(0) / count.sum(0).clamp(min=1e-6)
-    return (cost + EVIDENCE * typical) / (count + EVIDENCE)
+        cost[here] = apply_kernels(difference, twice)
+    if evidence is not None:
+        typical = cost.sum(0) / evidence.sum(0).clamp(min=1e-6)
+        cost.add_(EVIDENCE * typical).div_(evidence.add_(EVIDENCE))
+    return cost.flatten(1)
 
 
-def _rows(volume: Features, first: int, last: int, radius: Size) -> Features:
+def _rows(volume: Features, first: int, last: int, radius: Size) -> Float[Tensor, "C _z _y _x"]:
     """Rows `first` to `last` with `radius` columns more at every side; zeros outside."""
     inside = volume[:, max(first, 0) : last]
     depth = volume.shape[1]

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
+
+from nnssl_ext.registration.separable import apply_kernels, smoothing_kernels
+from nnssl_ext.registration.warp import exponential
 
 MARGIN = 2
 """Voxels left out at every face: where fields are extrapolated, and where differences would be one-sided."""
@@ -81,6 +85,25 @@ def smoothness(
     )
 
 
+@torch.no_grad()
+def without_folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Float[Tensor, "3 Z Y X"]:
+    """The velocity, smoothed around the places where its exponential folds on the voxel grid, until none is left.
+
+    The flow of a smooth velocity never folds; its linear interpolation can, where the velocity is steep. Every round smooths
+    a neighbourhood that is one voxel wider, so the end is reached.
+    """
+    kernels = smoothing_kernels(velocity_voxels.shape[1:], 2, device=velocity_voxels.device)
+    reach = 2
+    while (folds := jacobian_determinant(exponential(velocity_voxels), margin=1) <= 0).any():
+        around = F.pad(folds[None].float(), (1,) * 6)
+        for _ in range(reach):
+            around = F.max_pool3d(around, 3, stride=1, padding=1)
+        share = apply_kernels(around, kernels)
+        velocity_voxels = velocity_voxels + share * (apply_kernels(velocity_voxels, kernels) - velocity_voxels)
+        reach += 1
+    return velocity_voxels
+
+
 def match_smoothness(
     sdlogj_of: Callable[[float], float], target: float, start: float = 1.25, tolerance: float = 0.03, tries: int = 6
 ) -> float:
@@ -110,5 +133,5 @@ def match_smoothness(
         if len(seen) > 1 and seen[-1][0] != seen[-2][0]:
             slope = (seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0])
             slope = min(max(slope, -2.0), -0.2)  # noise must not turn the step round or make it endless
-        log_lambda = seen[-1][0] - seen[-1][1] / slope
+        log_lambda = seen[-1][0] - min(max(seen[-1][1] / slope, -3.0), 3.0)  # at most 20-fold at a time
     return math.exp(min(seen, key=lambda entry: abs(entry[1]))[0])

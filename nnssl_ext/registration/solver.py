@@ -8,9 +8,8 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.records import Size
@@ -22,17 +21,18 @@ from nnssl_ext.registration.convex import (
     consistent,
     coupled_convex,
 )
-from nnssl_ext.registration.smoothness import match_smoothness, smoothness
-from nnssl_ext.registration.warp import (
+from nnssl_ext.registration.pooling import (
+    Mask,
     cells_to_voxels,
-    exponential,
-    invert,
-    pad_to_multiple,
+    geometric_mean,
+    pool,
+    voxels_per_cell,
     voxels_to_cells,
 )
+from nnssl_ext.registration.smoothness import match_smoothness, smoothness, without_folds
+from nnssl_ext.registration.warp import exponential, invert, logarithm
 
 Spacing = tuple[float, float, float]
-Mask = Bool[Tensor, "Z Y X"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Field:
         displacement_voxels: ``(3, Z, Y, X)``, components z, y, x; ``warped(x) = moving(x + d(x))``.
         spacing: mm per voxel, z, y, x.
         velocity_voxels: of a diffeomorphic field, whose exponential it is.
-        regularisation: the λ that was used.
+        regularisation: the λ that was used; 0 for the coarse search alone.
         seconds: per stage.
     """
 
@@ -150,12 +150,13 @@ def register_features(
     coarse = _coarse(fixed, moving, spacing, settings, fixed_mask, moving_mask)
     seconds = {"coarse": time.perf_counter() - started}
     if not settings.iterations:
-        return Field(coarse, spacing, seconds=seconds)
+        found = _field(logarithm(coarse) if settings.diffeomorphic else coarse, spacing, settings.diffeomorphic)
+        return dataclasses.replace(found, seconds=seconds)
     started = time.perf_counter()
-    pooling = _pooling(shape, spacing, settings.fine_mm or 2 * _mean(spacing))
-    fixed_cells, fixed_weight = _pool(fixed, pooling, fixed_mask, settings.compatible)
-    moving_cells, moving_weight = _pool(moving, pooling, moving_mask, settings.compatible)
-    start = _to_cells(coarse, pooling, settings.compatible)
+    pooling = voxels_per_cell(shape, spacing, settings.fine_mm or 2 * geometric_mean(spacing))
+    fixed_cells, fixed_weight = pool(fixed, pooling, fixed_mask, compatible=settings.compatible)
+    moving_cells, moving_weight = pool(moving, pooling, moving_mask, compatible=settings.compatible)
+    start = voxels_to_cells(coarse, pooling, compatible=settings.compatible)
 
     def refine(regularisation: float) -> Field:
         cells = optimise(
@@ -171,9 +172,8 @@ def register_features(
             diffeomorphic=settings.diffeomorphic,
             compatible=settings.compatible,
         )
-        voxels = _to_voxels(cells, pooling, shape, settings.compatible)
-        velocity = voxels if settings.diffeomorphic else None
-        return Field(voxels if velocity is None else exponential(velocity), spacing, velocity, regularisation)
+        voxels = cells_to_voxels(cells, pooling, shape, compatible=settings.compatible)
+        return _field(voxels, spacing, settings.diffeomorphic, regularisation)
 
     chosen = settings.regularisation
     if settings.sdlogj is not None:
@@ -182,6 +182,13 @@ def register_features(
         )
     result = refine(chosen)
     return dataclasses.replace(result, seconds=seconds | {"fine": time.perf_counter() - started})
+
+
+def _field(voxels: Tensor, spacing: Spacing, diffeomorphic: bool, regularisation: float = 0.0) -> Field:
+    if not diffeomorphic:
+        return Field(voxels, spacing, regularisation=regularisation)
+    velocity = without_folds(voxels)
+    return Field(exponential(velocity), spacing, velocity, regularisation)
 
 
 def _coarse(
@@ -193,34 +200,33 @@ def _coarse(
     moving_mask: Mask | None,
 ) -> Float[Tensor, "3 Z Y X"]:
     shape: Size = (fixed.shape[1], fixed.shape[2], fixed.shape[3])
-    pooling = _pooling(shape, spacing, settings.coarse_mm or 4 * _mean(spacing))
-    fixed_cells, fixed_weight = _pool(fixed, pooling, fixed_mask, settings.compatible)
-    moving_cells, moving_weight = _pool(moving, pooling, moving_mask, settings.compatible)
+    pooling = voxels_per_cell(shape, spacing, settings.coarse_mm or 4 * geometric_mean(spacing))
+    fixed_cells, fixed_weight = pool(fixed, pooling, fixed_mask, compatible=settings.compatible)
+    moving_cells, moving_weight = pool(moving, pooling, moving_mask, compatible=settings.compatible)
     cell_mm = [factor * size for factor, size in zip(pooling, spacing, strict=True)]
-    search = settings.search_mm or 4 * _mean(cell_mm)
-    radius = _size(
-        max(min(round(search / size), length - 1), 0)
-        for size, length in zip(cell_mm, fixed_cells.shape[1:], strict=True)
+    search = settings.search_mm or 4 * geometric_mean(cell_mm)
+    z, y, x = (
+        min(round(search / size), length - 1) for size, length in zip(cell_mm, fixed_cells.shape[1:], strict=True)
     )
 
     def search_in(a: Tensor, b: Tensor, a_weight: Tensor | None, b_weight: Tensor | None) -> Tensor:
         return coupled_convex(
             a,
             b,
-            radius,
+            (z, y, x),
             fixed_weight=a_weight,
             moving_weight=b_weight,
             cell_mm=cell_mm,
             couplings=PACKAGE_COUPLINGS if settings.compatible else COUPLINGS,
             compatible=settings.compatible,
-            memory_bytes=settings.memory_gib * 2**30,
+            memory_bytes=int(settings.memory_gib * 2**30),
         )
 
     cells = search_in(fixed_cells, moving_cells, fixed_weight, moving_weight)
     if settings.inverse_consistent:
         opposite = search_in(moving_cells, fixed_cells, moving_weight, fixed_weight)
         cells, _ = consistent(cells, opposite, compatible=settings.compatible)
-    return _to_voxels(cells, pooling, shape, settings.compatible)
+    return cells_to_voxels(cells, pooling, shape, compatible=settings.compatible)
 
 
 MIND_DIFFERENCE = 2.5
@@ -235,43 +241,6 @@ def _unit_scale(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_m
     apart = (a.mean(1) - b.mean(1)).square() + a.var(1, unbiased=False) + b.var(1, unbiased=False)
     difference = REFERENCE_CHANNELS * float(apart.mean())
     return math.sqrt(MIND_DIFFERENCE / difference) if difference > 1e-12 else 1.0
-
-
-def _pooling(shape: Size, spacing: Spacing, cell_mm: float) -> Size:
-    """Whole voxels per cell that come nearest to a cell edge, leaving every axis at least two cells if it can."""
-    return _size(max(min(round(cell_mm / size), length // 2), 1) for size, length in zip(spacing, shape, strict=True))
-
-
-def _pool(features: Tensor, pooling: Size, mask: Mask | None, compatible: bool) -> tuple[Tensor, Tensor | None]:
-    """Means over cells, and the share of each cell that counts (None: everything does)."""
-    if compatible:
-        return F.avg_pool3d(features[None], pooling)[0], None
-    whole = all(length % factor == 0 for length, factor in zip(features.shape[1:], pooling, strict=True))
-    if mask is None and whole:
-        return F.avg_pool3d(features[None], pooling)[0], None
-    padded = pad_to_multiple(features, pooling)
-    counts = torch.ones_like(features[:1]) if mask is None else mask[None].to(features.dtype)
-    missing = [length - small for length, small in zip(padded.shape[1:], counts.shape[1:], strict=True)]
-    counts = F.pad(counts, (0, missing[2], 0, missing[1], 0, missing[0]))
-    weight = F.avg_pool3d(counts[None], pooling)[0]
-    means = F.avg_pool3d((padded * counts)[None], pooling)[0] / weight.clamp(min=1e-6)
-    means = torch.where(weight > 0, means, F.avg_pool3d(padded[None], pooling)[0])
-    return means, weight[0]
-
-
-def _to_voxels(cells: Tensor, pooling: Size, shape: Size, compatible: bool) -> Tensor:
-    if not compatible:
-        return cells_to_voxels(cells, pooling, shape)
-    scaled = cells * cells.new_tensor(pooling).view(3, 1, 1, 1)
-    return F.interpolate(scaled[None], size=shape, mode="trilinear", align_corners=False)[0]
-
-
-def _to_cells(voxels: Tensor, pooling: Size, compatible: bool) -> Tensor:
-    if not compatible:
-        return voxels_to_cells(voxels, pooling)
-    size = [length // factor for length, factor in zip(voxels.shape[1:], pooling, strict=True)]
-    cells = F.interpolate(voxels[None], size=size, mode="trilinear", align_corners=False)[0]
-    return cells / cells.new_tensor(pooling).view(3, 1, 1, 1)
 
 
 def _check(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: Mask | None) -> None:
@@ -293,13 +262,3 @@ def _check(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: 
             )
         if not mask.any():
             raise NnsslError(f"the {name} mask is empty", "give a mask with foreground, or none")
-
-
-def _mean(spacing: Spacing | list[float]) -> float:
-    """Geometric mean: the edge of a cube of the same volume."""
-    return float((spacing[0] * spacing[1] * spacing[2]) ** (1 / 3))
-
-
-def _size(values) -> Size:  # type: ignore[no-untyped-def]
-    z, y, x = values
-    return z, y, x

@@ -1,4 +1,4 @@
-"""Displacement fields on voxel grids: warp, compose, invert, exponentiate, resize.
+"""Displacement fields on voxel grids: warp, compose, invert, exponentiate.
 
 A field ``d`` has components z, y, x along its channel axis, in voxels (or cells) of its own grid; ``warped(x) =
 moving(x + d(x))``. Voxel ``i`` has its centre at ``i`` and its faces at ``i - 1/2`` and ``i + 1/2``, so an axis of ``n``
@@ -94,30 +94,3 @@ def logarithm(displacement: Displacement, iterations: int = 8) -> Displacement:
     for _ in range(iterations):
         velocity = velocity + displacement - exponential(velocity)
     return velocity
-
-
-def cells_to_voxels(field_cells: Float[Tensor, "3 z y x"], pooling: Size, shape: Size) -> Float[Tensor, "3 Z Y X"]:
-    """A field on a pooled grid, in its cells, as a field in voxels of the grid of `shape`; linear between cell centres."""
-    padded = [cells * factor for cells, factor in zip(field_cells.shape[1:], pooling, strict=True)]
-    voxels = F.interpolate(_scaled(field_cells, pooling)[None], size=padded, mode="trilinear", align_corners=False)[0]
-    return voxels[:, : shape[0], : shape[1], : shape[2]].contiguous()
-
-
-def voxels_to_cells(displacement_voxels: Float[Tensor, "3 Z Y X"], pooling: Size) -> Float[Tensor, "3 z y x"]:
-    """A field as seen from the centres of pooled cells (the last one may be cut by the border), in cells."""
-    padded = pad_to_multiple(displacement_voxels, pooling)
-    size = [length // factor for length, factor in zip(padded.shape[1:], pooling, strict=True)]
-    cells = F.interpolate(padded[None], size=size, mode="trilinear", align_corners=False)[0]
-    return _scaled(cells, tuple(1 / factor for factor in pooling))
-
-
-def pad_to_multiple(volume: Float[Tensor, "C Z Y X"], pooling: Size) -> Float[Tensor, "C z y x"]:
-    """The volume with its outermost voxels repeated at the far ends until `pooling` divides every axis."""
-    missing = [-length % factor for length, factor in zip(volume.shape[1:], pooling, strict=True)]
-    if not any(missing):
-        return volume
-    return F.pad(volume[None], (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")[0]
-
-
-def _scaled(field: Float[Tensor, "3 Z Y X"], factors: tuple[float, ...]) -> Float[Tensor, "3 Z Y X"]:
-    return field * torch.tensor(factors, dtype=field.dtype, device=field.device).view(3, 1, 1, 1)

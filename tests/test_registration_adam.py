@@ -1,0 +1,84 @@
+"""Instance optimisation: the data term's gradient against grid_sample's, units in mm, and what does not count."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nnssl_ext.registration import adam
+from nnssl_ext.registration.adam import FeatureCost, optimise
+from nnssl_ext.registration.convex import package_stretch
+from nnssl_ext.registration.warp import sampling_grid, warp
+
+SHAPE = (7, 8, 6)
+
+
+def features(seed, channels=5, shape=SHAPE):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(channels, *shape, generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [2**17, 50])
+@pytest.mark.parametrize("compatible", [True, False])
+def test_cost_and_gradient_equal_those_of_grid_sample(compatible, chunk, monkeypatch):
+    monkeypatch.setattr(adam, "CHUNK", chunk)
+    fixed, moving = features(0), features(1)
+    displacement = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(2)).mul(1.5).requires_grad_()
+    fixed_weight, moving_weight = (None, None) if compatible else (features(3, 1)[0], features(4, 1)[0])
+    stretched = displacement * package_stretch(displacement) if compatible else displacement
+    difference = (warp(moving, stretched, padding="zeros" if compatible else "border") - fixed).square().mean(0) * 12
+    if not compatible:
+        visible = (sampling_grid(displacement).abs() <= 1).all(-1)
+        difference = difference * visible * fixed_weight * warp(moving_weight[None], displacement.detach())[0]
+    expected = difference.mean()
+    expected.backward()
+    cost, gradient = FeatureCost(fixed, moving, fixed_weight, moving_weight, compatible=compatible).cost_and_gradient(
+        displacement.detach()
+    )
+    torch.testing.assert_close(cost, expected.detach())
+    torch.testing.assert_close(gradient, displacement.grad, atol=1e-6, rtol=1e-4)
+
+
+def wave(shape, shift=0.0, cell_mm=(1.0, 1.0, 1.0), channels=6):
+    """Smooth features in world space, at cell centres, seen `shift` mm further along z."""
+    generator = torch.Generator().manual_seed(5)
+    z, y, x = torch.meshgrid(
+        *(size * (torch.arange(n) + 0.5) for n, size in zip(shape, cell_mm, strict=True)), indexing="ij"
+    )
+    maps = []
+    for _ in range(channels):
+        kz, ky, kx, phase = torch.rand(4, generator=generator) * 0.5
+        maps.append(torch.sin(kz * (z - shift) + ky * y + kx * x + 6 * phase))
+    return torch.stack(maps)
+
+
+def test_a_shift_smaller_than_a_cell_is_found():
+    shape = (16, 16, 16)
+    found = optimise(wave(shape), wave(shape, 0.4), torch.zeros(3, *shape), 0.1)
+    inner = found[:, 4:-4, 4:-4, 4:-4].flatten(1).mean(1)
+    torch.testing.assert_close(inner, torch.tensor((0.4, 0.0, 0.0)), atol=0.03, rtol=0)
+
+
+def test_regularisation_means_the_same_on_cells_of_other_sizes():
+    """A warp along y of varying strength, on cubes of 1 mm and on slices of 2 mm: the same field in mm."""
+    fields = []
+    for cell_mm, shape in (((1.0, 1.0, 1.0), (16, 20, 16)), ((2.0, 1.0, 1.0), (8, 20, 16))):
+        fixed = wave(shape, cell_mm=cell_mm)
+        strength = torch.sin(torch.arange(20) / 20 * 3.14).view(1, 20, 1).expand(shape)
+        bend = torch.stack((torch.zeros(shape), 1.5 * strength, torch.zeros(shape)))
+        found = optimise(fixed, warp(fixed, bend), torch.zeros(3, *shape), 1.0, cell_mm=cell_mm)
+        fields.append(found * torch.tensor(cell_mm).view(3, 1, 1, 1))
+    cubes = F.avg_pool3d(fields[0], (2, 1, 1))
+    inner = (slice(None), slice(2, -2), slice(3, -3), slice(3, -3))
+    assert cubes[inner][1].abs().mean() > 0.7
+    assert (cubes - fields[1])[inner].abs().mean() < 0.1
+
+
+def test_stronger_regularisation_is_smoother():
+    fixed, moving, start = wave((12, 12, 12)), wave((12, 12, 12), 1.0).flip(2), torch.zeros(3, 12, 12, 12)
+    roughness = [optimise(fixed, moving, start, value).diff(dim=2).square().mean() for value in (0.1, 1.0, 10.0)]
+    assert roughness[0] > roughness[1] > roughness[2]
+
+
+def test_nothing_to_optimise_returns_the_start():
+    start = torch.rand(3, *SHAPE)
+    assert optimise(features(0), features(1), start, 1.0, iterations=0) is start

@@ -1,0 +1,62 @@
+"""Overlap, surface distance and landmark error against hand values and brute force."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.registration.measures import dice, hd95, target_registration_error
+
+
+def cube(lower, upper, shape=(12, 12, 12), label=1):
+    volume = np.zeros(shape, int)
+    volume[tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))] = label
+    return volume
+
+
+def test_dice_by_hand():
+    fixed, warped = cube((0, 0, 0), (2, 2, 2)), cube((1, 0, 0), (3, 2, 2))
+    assert dice(fixed, warped, (1, 2))[1] == 0.5
+    assert math.isnan(dice(fixed, warped, (2,))[2])
+    assert dice(fixed, cube((0, 0, 0), (2, 2, 2), label=2), (1,))[1] == 0
+
+
+def brute_force_hd95(a, b, spacing):
+    def surface(mask):
+        points = []
+        for voxel in np.argwhere(mask):
+            for axis, step in itertools.product(range(3), (-1, 1)):
+                neighbour = voxel.copy()
+                neighbour[axis] += step
+                outside = neighbour.min() < 0 or (neighbour >= mask.shape).any()
+                if outside or not mask[tuple(neighbour)]:
+                    points.append(voxel * spacing)
+                    break
+        return np.array(points)
+
+    a, b = surface(a), surface(b)
+    between = np.linalg.norm(a[:, None] - b[None], axis=-1)
+    return np.percentile(np.concatenate([between.min(1), between.min(0)]), 95)
+
+
+def test_hd95_equals_brute_force_on_anisotropic_voxels():
+    rng = np.random.default_rng(0)
+    spacing = (2.5, 1.0, 0.5)
+    fixed = cube((2, 3, 1), (8, 9, 12)) * (rng.random((12, 12, 12)) > 0.1)
+    warped = cube((4, 1, 0), (9, 8, 10)) * (rng.random((12, 12, 12)) > 0.1)
+    expected = brute_force_hd95(fixed == 1, warped == 1, np.array(spacing))
+    assert hd95(fixed, warped, spacing, (1,))[1] == pytest.approx(expected)
+
+
+def test_hd95_needs_the_label_on_both_sides():
+    assert math.isnan(hd95(cube((0, 0, 0), (2, 2, 2)), cube((0, 0, 0), (2, 2, 2), label=2), (1.0, 1.0, 1.0), (1,))[1])
+
+
+def test_landmarks_are_moved_by_the_field_between_voxels():
+    field = torch.zeros(3, 4, 4, 4)
+    field[2] = torch.arange(4.0)  # x + x: doubles the coordinate
+    fixed, moving = np.array([[1.0, 2.0, 1.5], [0.0, 0.0, 3.0]]), np.array([[1.0, 2.0, 3.0], [0.0, 1.0, 6.0]])
+    error = target_registration_error(fixed, moving, field, (1.0, 2.0, 3.0))
+    np.testing.assert_allclose(error, [0.0, 2.0], atol=1e-6)

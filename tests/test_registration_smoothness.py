@@ -1,0 +1,81 @@
+"""Jacobians: affine fields by their matrix, both spreads by hand, folds by construction; λ for a wanted spread."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from nnssl_ext.registration.smoothness import jacobian_determinant, match_smoothness, smoothness, without_folds
+from nnssl_ext.registration.warp import exponential
+
+SHAPE = (10, 12, 11)
+
+
+def positions(shape=SHAPE):
+    return torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij"))
+
+
+def test_affine_fields_have_the_determinant_of_their_matrix():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        matrix = torch.tensor(np.eye(3) + 0.3 * rng.standard_normal((3, 3)), dtype=torch.float32)
+        field = torch.einsum("ij,j...->i...", matrix - torch.eye(3), positions())
+        determinant = jacobian_determinant(field)
+        assert determinant.shape == (6, 8, 7)
+        torch.testing.assert_close(determinant, torch.linalg.det(matrix).expand(6, 8, 7), atol=1e-4, rtol=1e-4)
+
+
+def stretched(determinants):
+    """A field along z whose Jacobian determinant, by central differences, is this at voxels 2, 3, ..."""
+    field = torch.zeros(3, len(determinants) + 4, 6, 6)
+    for voxel, determinant in enumerate(determinants, start=2):
+        field[0, voxel + 1] = field[0, voxel - 1] + 2 * (determinant - 1)
+    return field
+
+
+def test_both_spreads_and_folds_by_hand():
+    determinants = [0.5, 2.0, -1.0, 1.0]
+    found = smoothness(stretched(determinants))
+    positive = np.log([0.5, 2.0, 1.0])
+    assert found.sdlogj == pytest.approx(positive.std(), rel=1e-5)
+    assert found.sdlogj_l2r == pytest.approx(np.log(np.add(determinants, 3)).std(), rel=1e-5)
+    assert found.fold_percent == 25
+
+
+def test_only_the_mask_counts():
+    field = stretched([0.5, 2.0, -1.0, 1.0])
+    mask = torch.zeros(field.shape[1:], dtype=torch.bool)
+    mask[2:4] = True
+    found = smoothness(field, mask)
+    assert found.sdlogj == pytest.approx(math.log(2), rel=1e-5)
+    assert found.fold_percent == 0
+
+
+def test_nothing_left_is_not_an_error():
+    assert smoothness(torch.zeros(3, 4, 9, 9)).sdlogj == 0
+    assert smoothness(torch.zeros(3, 3, 9, 9)).fold_percent == 0
+
+
+def test_folds_of_a_flow_are_removed_and_the_rest_stays():
+    torch.manual_seed(0)
+    velocity = torch.zeros(3, 24, 24, 24)
+    velocity[:, 8:12, 8:12, 8:12] = 12 * torch.randn(3, 4, 4, 4)
+    assert (jacobian_determinant(exponential(velocity), 1) <= 0).any()
+    mended = without_folds(velocity)
+    assert (jacobian_determinant(exponential(mended), 1) > 0).all()
+    smooth = 0.1 * positions()
+    assert without_folds(smooth) is smooth
+
+
+@pytest.mark.parametrize(("slope", "target"), [(-0.55, 0.1), (-0.55, 0.5), (-0.9, 0.05), (-0.3, 0.4)])
+def test_regularisation_for_a_wanted_smoothness(slope, target):
+    calls = []
+
+    def sdlogj_of(value):
+        calls.append(value)
+        return 0.24 * (value / 1.25) ** slope
+
+    found = match_smoothness(sdlogj_of, target)
+    assert sdlogj_of(found) == pytest.approx(target, rel=0.03)
+    assert len(calls) <= 5
