@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
 
 WINDOW = 10
 """Rows over which a figure counts as moving or flat."""
@@ -26,7 +26,7 @@ def with_trends(rows: Sequence[Row]) -> list[dict[str, float]]:
     if not rows:
         return []
     columns = {
-        name: [row.get(name, math.nan) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)
+        name: [float(row.get(name, math.nan)) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)
     }
     nothing = [math.nan] * len(rows)
 
