@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
@@ -52,6 +53,7 @@ def assemble(fabric: Fabric, job: Job, method: nn.Module) -> Parts:
     """The method, its optimiser and their wrapping for this process."""
     method = method.to(fabric.device)
     if job.run.compile:
+        functorch_config.donated_buffer = False  # one graph gives the gradients of the loss and of its terms
         method.compile()
     graph = StepGraph(method, autocast=job.run.precision == "bf16")
     optim = job.settings.optim
