@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +15,11 @@ from nnssl_ext.catalogue import load_method
 from nnssl_ext.checkpoints.adapt import read_pretrained
 from nnssl_ext.checkpoints.aliases import alias_groups
 from nnssl_ext.checkpoints.transfer import Action, Row, TransferTable, transfer
-from nnssl_ext.contracts import Backbone
+from nnssl_ext.contracts import Backbone, ViewPolicy
 from nnssl_ext.engine.job import Job
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.plans import configuration_of
+from nnssl_ext.records import Case
 
 TEACHER = "teacher.parts."
 """What stands before the names of a student's parameters in the state of a method with an `EMATeacher`."""
@@ -42,6 +45,9 @@ def build_method(job: Job) -> Any:
 
     Parts of the network that the method does not train are frozen: data-parallel training waits for a gradient of every
     parameter that may have one.
+
+    Raises:
+        NnsslError: a case from which the method's views cannot be drawn.
     """
     return _around(_backbone(job), job)
 
@@ -55,7 +61,8 @@ def begin(job: Job) -> Beginning:
     predictors, mask token and centres. Nothing else is continued: the optimiser and all schedules begin anew.
 
     Raises:
-        NnsslError: the checkpoint cannot be read, or does not fit the plans.
+        NnsslError: the checkpoint cannot be read, or does not fit the plans; or a case from which the method's views cannot
+            be drawn.
     """
     if job.run.pretrained_weights is None:
         return Beginning(build_method(job))
@@ -86,7 +93,14 @@ def _around(backbone: Backbone, job: Job) -> Any:
     method = load_method(job.method)(job.settings, backbone, job.plan)
     for name, parameter in backbone.network.named_parameters():
         parameter.requires_grad_(name.startswith(method.pretrained_prefixes))
+    _try_draws(method.view_policy, job.cases)
     return method
+
+
+def _try_draws(policy: ViewPolicy, cases: Sequence[Case]) -> None:
+    """Draw once from a case of every shape: what a policy refuses is then named before training, not in its first epoch."""
+    for case in {(case.shape, case.spacing): case for case in cases}.values():
+        policy.draw(case, np.random.default_rng(0), 0.5)
 
 
 @torch.no_grad()
