@@ -20,6 +20,7 @@ def with_trends(rows: Sequence[Row]) -> list[dict[str, float]]:
     - ``fastest_growth``: the highest ``weight_growth`` so far (norm of the weights after an epoch over that before it).
     - ``ibot_of_lowest``, ``rank_of_highest``: over the lowest and highest so far.
     - ``dino_range``, ``ibot_range``, ``teacher_temperature_range``: range of the last `WINDOW` rows over their mean.
+    - ``predictor_effect``: what the predictor changes in the rank of projections; exactly 0 without one.
     - ``lowest_cosine``: smallest cosine between the gradients of two terms.
     - ``probe_gain``: linear probe over the random-initialisation line; ``probe_loss``: below its highest so far.
     """
@@ -59,6 +60,7 @@ def with_trends(rows: Sequence[Row]) -> list[dict[str, float]]:
         "fastest_growth": highest("weight_growth"),
         "ibot_of_lowest": over(column("ibot"), lowest("ibot")),
         "rank_of_highest": over(column("effective_rank"), highest("effective_rank")),
+        "predictor_effect": [abs(value) for value in minus(column("projector_rank"), column("predictor_rank"))],
         "dino_range": range_of("dino"),
         "ibot_range": range_of("ibot"),
         "teacher_temperature_range": range_of("teacher_temperature"),

@@ -29,6 +29,7 @@ class Rule:
         remedy: what to check or change.
         source: where the rule and its numbers come from.
         lasting: rows in a row, up to the latest, in which it must hold.
+        early: rows after which it is told as a warning already; healthy runs may pass through such a state.
         after: optimiser steps of the run before which no row counts.
     """
 
@@ -39,6 +40,7 @@ class Rule:
     remedy: str
     source: str
     lasting: int = 3
+    early: int | None = None
     after: int = 0
 
 
@@ -86,6 +88,7 @@ def _holds(rule: Rule, rows: Sequence[Row]) -> Finding | None:
         if not all(low <= row[name] <= high for name, (low, high) in rule.when.items()):
             break
         since, lasted, latest = int(row["step"]), lasted + 1, latest or row
-    if latest is None or lasted < rule.lasting:
+    if latest is None or lasted < (rule.early or rule.lasting):
         return None
-    return Finding(rule.name, rule.severity, since, rule.says.format_map(latest), rule.remedy)
+    severity: Severity = rule.severity if lasted >= rule.lasting else "warning"
+    return Finding(rule.name, severity, since, rule.says.format_map(latest), rule.remedy)

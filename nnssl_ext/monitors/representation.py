@@ -66,9 +66,10 @@ class RepresentationMonitor:
 
 
 class CollapseMonitor:
-    """Pools the outputs of projector and predictor and says the collapse coefficient of each.
+    """Pools the outputs of projector and predictor and says collapse coefficient and effective rank of each.
 
-    Both, because a predictor that has become constant hides behind a healthy projector (methods.md 1).
+    Both heads, because a predictor that has become constant hides behind a healthy projector (methods.md 1); and the rank,
+    because batch norm at the projector's end hides a collapse to few directions from the coefficient.
     """
 
     def __init__(self) -> None:
@@ -80,5 +81,10 @@ class CollapseMonitor:
                 pool.add(step.watch[name])
 
     def say(self) -> dict[str, float]:
-        vectors = {name: pool.take() for name, pool in self.pools.items()}
-        return {f"{name}_collapse": collapse_coefficient(v) for name, v in vectors.items() if v is not None}
+        said = {}
+        for name, pool in self.pools.items():
+            vectors = pool.take()
+            if vectors is not None:
+                said[f"{name}_collapse"] = collapse_coefficient(vectors)
+                said[f"{name}_rank"] = effective_rank(vectors)
+        return said

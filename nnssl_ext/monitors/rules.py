@@ -12,6 +12,9 @@ from nnssl_ext.monitors.diagnosis import Rule
 
 INF = math.inf
 
+PASSING = 10
+"""Epochs after which a uniform or constant teacher is no passing state; small DINO runs leave it within 4 of 25 steps (ours)."""
+
 CAUSES = (
     Rule(
         "teacher shares the student's weights",
@@ -29,6 +32,15 @@ CAUSES = (
         "the teacher's momentum is {momentum:.3g}: it repeats what the student is, so both can agree on nothing",
         "raise the momentum to .99 or more (DINO: .996 to 1)",
         "BYOL (arXiv:2006.07733), Table 5a: momentum 0 collapses; DINO (arXiv:2104.14294), 5.2: a copied student too",
+        lasting=1,
+    ),
+    Rule(
+        "no predictor",
+        "alarm",
+        {"predictor_effect": (0.0, 0.0)},
+        "predictions equal projections: there is no predictor, and loss {loss:.3f} is free to reach -1 by collapse",
+        "put the predictor back: --predictor",
+        "SimSiam (arXiv:2011.10566), Table 1: without it the accuracy is .1 %",
         lasting=1,
     ),
     Rule(
@@ -68,6 +80,8 @@ COLLAPSES = (
         "DINO loss stuck at ln K ({dino_of_ln_k:.3f} of it): teacher outputs are uniform, entropy {teacher_entropy:.3f} ln K",
         "check teacher temperature (lower, slower warm-up), centring (try sinkhorn), momentum and learning rate",
         "dino.md 4, rows 1 and 3; information 0 = the mean output is as sharp as each output",
+        lasting=PASSING,
+        early=3,
     ),
     Rule(
         "constant teacher",
@@ -77,6 +91,8 @@ COLLAPSES = (
         "{prototypes_entropy:.3f}), and the DINO loss of {dino_of_ln_k:.3f} ln K says nothing",
         "check that centring is on and the teacher's outputs are centred before its softmax; check views and learning rate",
         "dino.md 4, row 3: one-point collapse; DINO (arXiv:2104.14294), 5.3: sharpening without centring",
+        lasting=PASSING,
+        early=3,
     ),
     Rule(
         "uniform token targets",
@@ -85,6 +101,8 @@ COLLAPSES = (
         "teacher outputs at hidden tokens are uniform: entropy {patch_entropy:.3f} ln K, so iBOT learns nothing",
         "check the teacher's temperature and patch_centring; try sinkhorn",
         "dino.md 4, row 2",
+        lasting=PASSING,
+        early=3,
     ),
     Rule(
         "constant token targets",
@@ -93,6 +111,8 @@ COLLAPSES = (
         "the teacher answers the same at every hidden token (entropy {patch_entropy:.3f} ln K)",
         "check that patch_centring is on; check mask ratio and learning rate",
         "dino.md 4, row 3, for tokens",
+        lasting=PASSING,
+        early=3,
     ),
     *(
         Rule(
@@ -102,8 +122,18 @@ COLLAPSES = (
             f"outputs of the {head} are nearly the same for all crops: collapse coefficient {{{head}_collapse:.2f}}",
             "check predictor and stop-gradient (SimSiam needs both), the overlap of views, the learning rate",
             "methods.md 1, collapse coefficient; SimSiam (arXiv:2011.10566), Tables 1 and 2; .6 is ours",
+            early=1,
         )
         for head in ("projector", "predictor")
+    ),
+    Rule(
+        "projector on a few lines",
+        "alarm",
+        {"projector_rank": (0.0, 3.0)},
+        "outputs of the projector vary along few directions: effective rank {projector_rank:.2f}. Its batch norm keeps each "
+        "channel alive, so the collapse coefficient cannot see it",
+        "check predictor and stop-gradient (SimSiam needs both), the overlap of views, the learning rate",
+        "RankMe (arXiv:2210.02885) on projections; 3 is ours",
     ),
     Rule(
         "features on one line",

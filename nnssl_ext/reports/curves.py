@@ -31,6 +31,7 @@ GROUPS = {
     ),
     "prototypes used (share)": ("prototypes_used", "patch_prototypes_used"),
     "collapse coefficient": ("projector_collapse", "predictor_collapse"),
+    "effective rank of heads": ("projector_rank", "predictor_rank"),
     "places within a crop": ("token_similarity", "token_variance_share"),
     "Dice of frozen features": ("probe_dice", "probe_dice_random", "knn_dice", "knn_dice_random"),
     "IoU of pairs": ("iou", "iou_fallback"),
