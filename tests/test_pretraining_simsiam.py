@@ -162,6 +162,19 @@ def test_a_batch_can_be_learnt_by_heart(backbone):
     assert loss.item() < -0.8
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_under_bf16_autocast_the_loss_is_float32_and_near_that_of_float32(backbone):
+    method = method_of(backbone, dense=0.5)
+    views = noise_views(2)
+    exact = method(views).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method(views).loss
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact, abs=0.02)
+    assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+
+
 def test_pictures_show_a_pair_in_the_same_colours():
     method = method_of()
     first, second = noise_views(2)
