@@ -412,7 +412,7 @@ def test_every_trainable_parameter_gets_a_gradient(kind, backbone, tmp_path):
 def test_one_head_for_two_widths_is_refused(tmp_path):
     with pytest.raises(NnsslError, match="one head cannot serve") as refused:
         method_of(IBOTTrainer, "ResEncTiny", network={"strides": [[1, 1, 1], [2, 2, 2], [8, 8, 8]]}, share_head=True)
-    assert "--no-share_head" in refused.value.fix
+    assert "--no_share_head" in refused.value.fix
 
 
 def test_crops_without_a_pair_are_refused():

@@ -128,7 +128,7 @@ class StudentTeacher(nn.Module):
         if tokens and share_head and width != dense_width:
             raise NnsslError(
                 f"one head cannot serve crops ({width} channels) and places ({dense_width} channels)",
-                "set --no-share_head",
+                "set --no_share_head",
             )
         self.head = DINOHead(width, head)
         self.patch_head = DINOHead(dense_width, head) if tokens and not share_head else None
