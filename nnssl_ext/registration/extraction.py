@@ -218,7 +218,7 @@ def _ramp(count: int, stride: int, shared: int, left: bool, right: bool) -> Floa
     return weight
 
 
-def _padded(volume: Volume, before: list[int], size: Size) -> Volume:
+def _padded(volume: Volume, before: list[int], size: Size) -> Float[Tensor, "C z y x"]:
     """The volume with zeros before it and after it."""
     after = [n - length - first for n, length, first in zip(size, volume.shape[1:], before, strict=True)]
     return functional.pad(volume, (before[2], after[2], before[1], after[1], before[0], after[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ PERCENTILES = (1.0, 99.0)
 RANDOM = "random:"
 
 
+@runtime_checkable
 class FeatureSource(Protocol):
     """One way to describe a scan.
 
@@ -80,7 +81,9 @@ class Mind:
         return ((raw - low) / width).astype(np.float32)
 
     def describe(self, volume: Float[Tensor, "Z Y X"], spacing: Spacing) -> FeatureMap:
-        return FeatureMap(mind(volume, self.radius, isotropic_dilation(spacing, self.dilation)), (1, 1, 1), (0, 0, 0))
+        return FeatureMap(
+            mind(volume, self.radius, isotropic_dilation(spacing, self.dilation)), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+        )
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Intensity:
         return ((raw - low) / width).clip(0, 1).astype(np.float32)
 
     def describe(self, volume: Float[Tensor, "Z Y X"], spacing: Spacing) -> FeatureMap:
-        return FeatureMap(volume[None], (1, 1, 1), (0, 0, 0))
+        return FeatureMap(volume[None], (1.0, 1.0, 1.0), (0.0, 0.0, 0.0))
 
 
 @dataclass(frozen=True)

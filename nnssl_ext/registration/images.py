@@ -125,8 +125,8 @@ def load_scan(path: Path, mask: Path | None = None, labels: Path | None = None) 
 
 def place(
     image: sitk.Image, grid: Grid, transform: sitk.Transform | None = None, labels: bool = False
-) -> Shaped[np.ndarray, "Z Y X"]:
-    """The image seen at every voxel of `grid`: linear, or with `labels` nearest neighbour; its border repeated beyond it.
+) -> Shaped[np.ndarray, "Z Y X *vector"]:
+    """The image (of numbers or vectors) seen at every voxel of `grid`: linear, or with `labels` nearest neighbour; its border repeated beyond it.
 
     Args:
         transform: world point of `grid` -> world point of the image; None for identity.

@@ -51,7 +51,7 @@ def draw_overview(
     for plane in range(3):
         rows, columns = (axis for axis in range(3) if axis != plane)
         look: dict[str, Any] = {
-            "origin": "upper" if plane == 0 else "lower",
+            "origin": "lower",  # scans are in RAS order: anterior and superior are up
             "aspect": pixel_aspect(plane, spacing),
             "interpolation": "nearest",
         }

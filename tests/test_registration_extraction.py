@@ -1,0 +1,127 @@
+"""Where features lie, and that shifts, enlargement and tiles do not move them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoint_helpers import plans_of, primus, resenc
+from torch.nn import functional
+
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.records import Features
+from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, extract, fits
+
+STRIDE = (4, 4, 2)
+
+
+class MeanOfCells(torch.nn.Module):
+    """A backbone whose features are means over its cells, after a 3x3x3 convolution: it sees one voxel beyond them."""
+
+    channels, strides, decoder_channels = (2,), (STRIDE,), (2,)
+    divisor, token_size = STRIDE, None
+    encoder_prefixes, decoder_prefixes = ("encoder.",), ("decoder.",)
+
+    def __init__(self, convolve: bool = False) -> None:
+        super().__init__()
+        self.network = torch.nn.Identity()
+        self.convolve, self.sizes = convolve, []
+
+    def forward_features(self, x, mask=None):
+        self.sizes.append(tuple(x.shape[2:]))
+        if self.convolve:
+            x = functional.conv3d(x, torch.linspace(-1, 1, 54).view(2, 1, 3, 3, 3), padding=1).sin()
+        pooled = functional.avg_pool3d(x, STRIDE)
+        return Features(levels=(pooled,), strides=self.strides, summary=pooled.mean(dim=(2, 3, 4)))
+
+    def forward_decoder(self, features):
+        levels = tuple(functional.interpolate(level, scale_factor=(2.0, 2.0, 1.0)) for level in features.levels)
+        return Features(levels=levels, strides=((2, 2, 2),), summary=features.summary)
+
+
+def ramps(shape=(24, 20, 14)) -> torch.Tensor:
+    """A volume of three channels that hold their voxel's z, y and x."""
+    return torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij"))
+
+
+@pytest.mark.parametrize(("shifts", "stride"), [(1, (4, 4, 2)), (2, (2, 2, 1)), (4, (1, 1, 1))])
+@pytest.mark.parametrize("zoom", [1, 2])
+@pytest.mark.parametrize("tile", [None, (12, 8, 6)])
+def test_features_lie_where_they_say(shifts, stride, zoom, tile):
+    """The mean of a ramp over a cell is the coordinate of the cell's centre."""
+    volume = ramps()
+    found = extract(MeanOfCells(), volume, ExtractionSettings(shifts=shifts, zoom=zoom, tile=tile))
+    assert found.stride == tuple(s / zoom for s in stride)
+    for axis in range(3):
+        places = torch.arange(found.values.shape[axis + 1]) * found.stride[axis] + found.offset[axis]
+        along = found.values[axis].movedim(axis, 0)
+        # cells that reach beyond the volume average zeros in, and enlarging repeats the border
+        reach = STRIDE[axis] / zoom / 2 + (1 if zoom > 1 else -0.5)
+        inside = (places >= reach) & (places <= volume.shape[axis + 1] - 1 - reach)
+        middle = along[inside, along.shape[1] // 2, along.shape[2] // 2]
+        assert inside.sum() >= 2
+        assert torch.allclose(middle, places[inside], atol=1e-4)
+
+
+def test_maps_are_interpolated_at_their_places():
+    values = torch.tensor([0.0, 4.0, 8.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    grid = FeatureMap(values, (4.0, 1.0, 1.0), (1.5, 0.0, 0.0)).on_grid((12, 2, 2))[0, :, 0, 0]
+    assert torch.allclose(grid, (torch.arange(12.0) - 1.5).clamp(0, 8))
+
+
+@pytest.mark.parametrize("shape", [(24, 24, 24), (30, 17, 9)])
+def test_tiles_equal_the_whole_for_a_network_that_sees_no_further_than_their_margin(shape):
+    volume = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    whole, tiled = MeanOfCells(convolve=True), MeanOfCells(convolve=True)
+    expected = extract(whole, volume).values
+    found = extract(tiled, volume, ExtractionSettings(tile=(12, 12, 12), overlap=0.4)).values
+    assert set(tiled.sizes) != set(whole.sizes)
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_masks_are_read_at_the_features_places():
+    mask = torch.zeros(8, 2, 2, dtype=torch.bool)
+    mask[4:] = True
+    found = FeatureMap(torch.zeros(1, 3, 2, 2), (4.0, 1.0, 1.0), (1.5, 0.0, 0.0)).pick(mask)
+    assert found[:, 0, 0].tolist() == [False, True, False]  # the last feature lies in what filled the volume up
+
+
+@pytest.mark.parametrize("architecture", [primus([16, 16, 16]), resenc()])
+def test_any_size_of_volume_and_any_level(architecture):
+    backbone = build_backbone(plans_of(architecture, [16, 16, 16]), "3d_fullres", 1).eval()
+    volume = torch.rand(1, 13, 18, 21)
+    for number, (channels, stride) in enumerate(zip(backbone.channels, backbone.strides, strict=True)):
+        found = extract(backbone, volume, ExtractionSettings(level=f"encoder{number}"))
+        assert len(found.values) == channels and found.stride == tuple(map(float, stride))
+        assert found.on_grid((13, 18, 21)).shape == (channels, 13, 18, 21)
+    finest = extract(backbone, volume, ExtractionSettings(level="decoder0"))
+    assert len(finest.values) == backbone.decoder_channels[0] and finest.stride == (1.0, 1.0, 1.0)
+
+
+def test_a_token_map_shifted_by_a_token_is_the_map_without_its_first_token():
+    """Interlaced passes hold the unshifted pass unchanged."""
+    backbone = build_backbone(plans_of(primus([16, 16, 16]), [16, 16, 16]), "3d_fullres", 1).eval()
+    volume = torch.rand(1, 16, 16, 16)
+    fine = extract(backbone, volume, ExtractionSettings(shifts=2))
+    padded = functional.pad(volume, (0, 4, 0, 4, 0, 4))  # interlacing needs one more token
+    coarse = extract(backbone, padded)
+    assert torch.allclose(fine.values[:, 1::2, 1::2, 1::2], coarse.values, atol=1e-5)
+    assert [o + s for o, s in zip(fine.offset, fine.stride, strict=True)] == list(coarse.offset)
+
+
+def test_settings_that_do_not_fit_are_named():
+    backbone = MeanOfCells()
+    with pytest.raises(NnsslError, match="did you mean 'encoder0'"):
+        extract(backbone, ramps(), ExtractionSettings(level="encoder7"))
+    with pytest.raises(NnsslError, match="multiple"):
+        extract(backbone, ramps(), ExtractionSettings(tile=(10, 8, 8)))
+    with pytest.raises(NnsslError, match="interlaced"):
+        extract(backbone, ramps(), ExtractionSettings(level="decoder0", shifts=2))
+
+
+def test_large_volumes_go_through_in_tiles_of_the_patch():
+    backbone = MeanOfCells()
+    assert fits(backbone, (24, 20, 14), 1.0, torch.device("cpu"))
+    assert not fits(backbone, (24, 20, 14), 1e-5, torch.device("cpu"))
+    extract(backbone, ramps(), ExtractionSettings(memory_gib=1e-5), patch_size=(12, 8, 6))
+    assert max(backbone.sizes) == (12, 8, 6)
