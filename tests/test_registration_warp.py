@@ -99,7 +99,7 @@ def test_pooling_ignores_what_the_mask_hides_and_completes_the_last_cell():
     assert weight.flatten().tolist() == [1, 1, 0.5]
     mask = torch.tensor([True, False, False, False, True]).view(5, 1, 1)
     means, weight = pool(volume, (2, 1, 1), mask)
-    assert means.flatten().tolist() == [0.0, 2.5, 4.0]  # the hidden cell keeps a value, without weight
+    assert means.flatten().tolist() == [0.0, 2.0, 4.0]  # the hidden cell takes its neighbours' mean, without weight
     assert weight.flatten().tolist() == [0.5, 0, 0.5]
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnssl_ext.records import Size
+from nnssl_ext.registration.separable import apply_kernels, smoothing_kernels
 
 Mask = Bool[Tensor, "Z Y X"]
 Cells = Float[Tensor, "3 z y x"]
@@ -33,7 +34,8 @@ def pool(
     """Means over cells, and the share of each cell that counts (None: all of every cell does).
 
     Args:
-        mask: voxels that are False enter no mean, unless a cell has no other.
+        mask: voxels that are False enter no mean. A cell without others takes the mean of its neighbours, so that nothing
+            hidden enters what is interpolated between it and them.
         compatible: drop the remainder of an axis, as the convexAdam package does, instead of completing the last cell.
     """
     remainder = any(length % factor for length, factor in zip(features.shape[1:], pooling, strict=True))
@@ -45,7 +47,11 @@ def pool(
     counts = F.pad(counts[None], padding)
     weight = F.avg_pool3d(counts, pooling)
     means = F.avg_pool3d(padded * counts, pooling) / weight.clamp(min=1e-6)
-    return torch.where(weight > 0, means, F.avg_pool3d(padded, pooling))[0], weight[0, 0]
+    means, weight = means[0], weight[0]
+    seen = (weight > 0).to(features.dtype)
+    kernels = smoothing_kernels(weight.shape[1:], 1, device=weight.device)
+    around = apply_kernels(means * seen, kernels) / apply_kernels(seen, kernels).clamp(min=1e-6)
+    return torch.where(weight > 0, means, around), weight[0]
 
 
 def cells_to_voxels(field_cells: Cells, pooling: Size, shape: Size, *, compatible: bool = False) -> Voxels:

@@ -87,21 +87,25 @@ def smoothness(
 
 @torch.no_grad()
 def without_folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Float[Tensor, "3 Z Y X"]:
-    """The velocity, smoothed around the places where its exponential folds on the voxel grid, until none is left.
+    """The velocity, smoothed around places where its flow, or the opposite flow, folds on the voxel grid, until none is left.
 
     The flow of a smooth velocity never folds; its linear interpolation can, where the velocity is steep. Every round smooths
-    a neighbourhood that is one voxel wider, so the end is reached.
+    a neighbourhood that is two voxels wider, so the end is reached.
     """
     kernels = smoothing_kernels(velocity_voxels.shape[1:], 2, device=velocity_voxels.device)
     reach = 2
-    while (folds := jacobian_determinant(exponential(velocity_voxels), margin=1) <= 0).any():
+    while (folds := _folds(velocity_voxels) | _folds(-velocity_voxels)).any():
         around = F.pad(folds[None].float(), (1,) * 6)
         for _ in range(reach):
-            around = F.max_pool3d(around, 3, stride=1, padding=1)
+            around = (apply_kernels(around, kernels) > 0).float()
         share = apply_kernels(around, kernels)
         velocity_voxels = velocity_voxels + share * (apply_kernels(velocity_voxels, kernels) - velocity_voxels)
         reach += 1
     return velocity_voxels
+
+
+def _folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Bool[Tensor, "_z _y _x"]:
+    return jacobian_determinant(exponential(velocity_voxels), margin=1) <= 0
 
 
 def match_smoothness(

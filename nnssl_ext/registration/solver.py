@@ -6,9 +6,10 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nnssl_ext.errors import NnsslError
@@ -70,9 +71,7 @@ class SolverSettings:
     compatible: bool = False
 
     @classmethod
-    def convexadam(
-        cls, grid_sp: int = 6, disp_hw: int = 4, grid_sp_adam: int = 2, **changes: float | bool
-    ) -> SolverSettings:
+    def convexadam(cls, grid_sp: int = 6, disp_hw: int = 4, grid_sp_adam: int = 2, **changes: Any) -> SolverSettings:
         """What the package `convexAdam` 0.2.0 does, its defects included, on voxels of 1 mm; a means of comparison.
 
         It counts zeros outside of the image, looks n / (n - 1) times as far as a displacement says, and drops what remains of
@@ -84,7 +83,7 @@ class SolverSettings:
             fine_mm=float(grid_sp_adam),
             rescale=False,
             compatible=True,
-            **changes,  # type: ignore[arg-type]
+            **changes,
         )
 
 
@@ -111,7 +110,10 @@ class Field:
         return self.displacement_voxels * self.displacement_voxels.new_tensor(self.spacing).view(3, 1, 1, 1)
 
     def inverse(self) -> Field:
-        """From moving to fixed: exact for diffeomorphic fields, else by fixed-point iteration where nothing folds."""
+        """From moving to fixed: the opposite flow of a diffeomorphic field, else by fixed-point iteration.
+
+        Where a field folds there is no inverse, and what is returned there is not one.
+        """
         if self.velocity_voxels is None:
             return dataclasses.replace(self, displacement_voxels=invert(self.displacement_voxels))
         backward = -self.velocity_voxels
@@ -123,19 +125,19 @@ class Field:
 
 
 def register_features(
-    fixed: Float[Tensor, "C Z Y X"],
-    moving: Float[Tensor, "C Z Y X"],
+    fixed: Float[Tensor, "_ _ _ _"],
+    moving: Float[Tensor, "_ _ _ _"],
     spacing: Spacing,
     settings: SolverSettings = SolverSettings(),
-    fixed_mask: Mask | None = None,
-    moving_mask: Mask | None = None,
+    fixed_mask: Bool[Tensor, "_ _ _"] | None = None,
+    moving_mask: Bool[Tensor, "_ _ _"] | None = None,
 ) -> Field:
     """The displacement field that makes the moving features look like the fixed ones.
 
     Args:
-        fixed, moving: features of two images on one grid.
+        fixed, moving: features ``(C, Z, Y, X)`` of two images on one grid.
         spacing: mm per voxel.
-        fixed_mask, moving_mask: only what is True counts.
+        fixed_mask, moving_mask: ``(Z, Y, X)``; only what is True counts.
 
     Raises:
         NnsslError: maps of different shapes, values that are not finite, or an empty mask.
@@ -243,7 +245,7 @@ def _unit_scale(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_m
     return math.sqrt(MIND_DIFFERENCE / difference) if difference > 1e-12 else 1.0
 
 
-def _check(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: Mask | None) -> None:
+def _check(fixed: Tensor, moving: Tensor, fixed_mask: Tensor | None, moving_mask: Tensor | None) -> None:
     if fixed.shape != moving.shape:
         raise NnsslError(
             f"features to register have shapes {tuple(fixed.shape)} and {tuple(moving.shape)}",
