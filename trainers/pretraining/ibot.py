@@ -87,9 +87,11 @@ class IBOTSettings:
                 crops=CropSettings.small(plan, mask_ratio=(0.1, 0.5), mask_shape="block"),
                 head=HeadSettings(prototypes=1024, hidden=512, bottleneck=64),
                 share_head=share_head,
-                teacher=TeacherSettings(momentum=(0.99, 1.0), centring="centre", patch_centring="centre"),
-                freeze_last_layer=25,
-                optim=replace(OPTIM, lr=1e-3, lr_scaling="none", weight_decay_end=None, warmup=0.1, betas=(0.9, 0.95)),
+                teacher=TeacherSettings(
+                    momentum=(0.996, 1.0), temperature=(0.04, 0.04), centring="centre", patch_centring="centre"
+                ),
+                freeze_last_layer=100,
+                optim=replace(OPTIM, lr=2e-4, lr_scaling="none", weight_decay_end=None, warmup=0.1, betas=(0.9, 0.95)),
             )
         return cls(share_head=share_head)
 
