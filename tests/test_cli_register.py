@@ -1,0 +1,112 @@
+"""``nnssl_register`` as users run it: one pair, and a batch that nothing ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scans import write
+from scipy.ndimage import gaussian_filter
+
+from nnssl_ext.cli import register
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json
+from nnssl_ext.registration.batch import read_pairs
+from nnssl_ext.registration.outputs import MEASURES
+
+FILES = {"warped.nii.gz", "displacement.nii.gz", "transform.h5", "measures.json", "overview.png"}
+QUICK = ["--solver.iterations", "5", "-device", "cpu"]
+
+
+def scan(path, seed=0, **grid):
+    texture = gaussian_filter(np.random.default_rng(seed).normal(size=(16, 18, 20)), 1.5)
+    return write(path, (1000 * texture).astype(np.float32), **grid)
+
+
+def call(monkeypatch, *flags) -> int:
+    monkeypatch.setattr(sys, "argv", ["nnssl_register", *map(str, flags)])
+    return register._main()
+
+
+def test_importing_it_loads_neither_torch_nor_itk():
+    code = "import sys, nnssl_ext.cli.register; sys.exit(bool({'torch', 'SimpleITK'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_one_pair(tmp_path, monkeypatch, capsys):
+    fixed, moving = scan(tmp_path / "f.nii.gz"), scan(tmp_path / "m.nii.gz", 1)
+    out = tmp_path / "out"
+    assert (
+        call(monkeypatch, "-f", fixed, "-m", moving, "-c", "mind+intensity", "-o", out, "--weights", 2, 1, *QUICK) == 0
+    )
+    assert {path.name for path in out.iterdir()} == FILES
+    assert "displacement: mean" in capsys.readouterr().out
+    assert [each["name"] for each in read_json(out / MEASURES)["features"]] == ["mind", "intensity"]
+
+
+def test_labels_masks_and_the_inverse(tmp_path, monkeypatch, capsys):
+    fixed, moving = scan(tmp_path / "f.nii.gz"), scan(tmp_path / "m.nii.gz")
+    label = np.zeros((16, 18, 20), np.uint8)
+    label[4:10, 5:12, 6:14] = 1
+    mask = write(tmp_path / "mask.nii.gz", label)
+    flags = ["-f", fixed, "-m", moving, "-c", "mind", "-o", tmp_path / "out", "--inverse", *QUICK]
+    roles = ("fixed-mask", "moving-mask", "fixed-labels", "moving-labels")
+    assert call(monkeypatch, *flags, *(part for role in roles for part in (f"--{role}", mask))) == 0
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert found == FILES | {"warped_labels.nii.gz", "displacement_inverse.nii.gz"}
+    assert read_json(tmp_path / "out" / MEASURES)["labels_before"]["dice"]["mean"] == 1.0
+    assert "Dice: 1.000 before" in capsys.readouterr().out
+
+
+def test_a_batch_survives_bad_pairs_and_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
+    scan(tmp_path / "far.nii.gz", origin=(900.0, 0.0, 0.0))
+    write(tmp_path / "constant.nii.gz", np.zeros((16, 18, 20), np.float32))
+    write(tmp_path / "small.nii.gz", np.ones((8, 8, 8), np.uint8))
+    (tmp_path / "text.nii.gz").write_text("no image")
+    rows = [
+        "name,fixed,moving,fixed_mask,init",
+        "good,a.nii.gz,b.nii.gz,,",
+        "constant,a.nii.gz,constant.nii.gz,,",
+        "apart,a.nii.gz,far.nii.gz,,none",
+        "mask,a.nii.gz,b.nii.gz,small.nii.gz,",
+        "text,text.nii.gz,b.nii.gz,,",
+        "missing,a.nii.gz,c.nii.gz,,",
+        ",b.nii.gz,a.nii.gz,,",
+    ]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    out = tmp_path / "out"
+    flags = ["--pairs", tmp_path / "pairs.csv", "-c", "mind", "-o", out, *QUICK]
+    assert call(monkeypatch, *flags) == 2
+    assert {path.parent.name for path in out.glob(f"*/{MEASURES}")} == {"good", "a_to_b"}
+    failures = read_json(out / "failures.json")
+    assert failures.keys() == {"constant", "apart", "mask", "text", "missing"}
+    for name, words in (("constant", "constant image"), ("apart", "do not meet"), ("mask", "shape")):
+        assert words in failures[name]
+    capsys.readouterr()
+    scan(tmp_path / "c.nii.gz", 2)  # what was missing comes
+    written = (out / "good" / MEASURES).stat().st_mtime_ns
+    assert call(monkeypatch, *flags) == 2
+    assert "good: done before" in capsys.readouterr().out
+    assert (out / "good" / MEASURES).stat().st_mtime_ns == written
+    assert "missing" not in read_json(out / "failures.json")
+    assert call(monkeypatch, *flags[:-4], "--solver.iterations", "4", "-device", "cpu") == 2  # other settings: again
+    assert (out / "good" / MEASURES).stat().st_mtime_ns != written
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("fixed,moved\na,b", "columns fixed, moved"),
+        ("fixed,moving\na,", "line 2"),
+        ("fixed,moving\n", "lists no pairs"),
+        ("name,fixed,moving\np,a,b\np,c,d", "no new folder name"),
+        ("name,fixed,moving\n../p,a,b", "no new folder name"),
+    ],
+)
+def test_bad_lists_are_named(tmp_path, content, words):
+    (tmp_path / "pairs.csv").write_text(content)
+    with pytest.raises(NnsslError, match=words):
+        read_pairs(tmp_path / "pairs.csv")
