@@ -90,7 +90,7 @@ def test_disjoint_pairs_are_named(quick):
 
 
 @pytest.mark.parametrize(
-    ("flags", "lr"), [(SIMSIAM, "0.1"), (DINO, "0.1"), (MAE, "0.2")], ids=["SimSiam", "DINO", "MAE"]
+    ("flags", "lr"), [(SIMSIAM, "0.1"), (DINO, "0.2"), (MAE, "0.2")], ids=["SimSiam", "DINO", "MAE"]
 )
 def test_a_hundredfold_learning_rate_is_named(quick, flags, lr):
     _, told = run(*flags, "--epochs", "2", "--optim.lr", lr)
