@@ -1,0 +1,223 @@
+"""Physical truths of whole registrations, and files that ITK reads and applies identically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scans import write
+from scipy.ndimage import gaussian_filter, map_coordinates
+
+from nnssl_ext.files import read_json
+from nnssl_ext.registration.features import Mind
+from nnssl_ext.registration.images import load_scan
+from nnssl_ext.registration.outputs import displacement_image, write_outputs
+from nnssl_ext.registration.pipeline import PairSettings, Registration, register_pair
+from nnssl_ext.registration.solver import SolverSettings
+
+SHAPE = (26, 24, 28)
+QUICK = PairSettings(init="none", solver=SolverSettings(regularisation=0.3, iterations=60))
+HEADER = {"spacing": (1.0, 1.0, 1.0), "origin": (-11.5, 20.25, -300.0), "angle": 0.0}
+
+
+def texture(shape=SHAPE, seed: int = 0, sigma: float = 1.5) -> np.ndarray:
+    made = gaussian_filter(np.random.default_rng(seed).normal(size=shape), sigma)
+    return (100 + 30 * made / made.std()).astype(np.float32)
+
+
+def bend(z, y, x):
+    """A smooth displacement in voxels, at most 1.5."""
+    phases = (2 * np.pi * (y / 24 + 0.1), 2 * np.pi * (x / 28 + 0.3), 2 * np.pi * (z / 26 + 0.6))
+    return np.stack([1.5 * np.sin(phase) for phase in phases])
+
+
+def bent(volume: np.ndarray) -> np.ndarray:
+    """``volume(x + bend(x))``"""
+    places = np.stack(np.meshgrid(*(np.arange(n) for n in volume.shape), indexing="ij")).astype(float)
+    return map_coordinates(volume, places + bend(*places), order=3, mode="nearest").astype(np.float32)
+
+
+def registered(fixed: Path, moving: Path, settings: PairSettings = QUICK) -> Registration:
+    return register_pair(load_scan(fixed), load_scan(moving), [Mind()], settings)
+
+
+def displacements(result: Registration, points: np.ndarray) -> np.ndarray:
+    """Displacement in mm, world order, at world points."""
+    transform = sitk.DisplacementFieldTransform(sitk.Cast(displacement_image(result), sitk.sitkVectorFloat64))
+    return np.array([np.subtract(transform.TransformPoint(p.tolist()), p) for p in points])
+
+
+def world_points(path: Path, count: int = 40, margin: int = 4) -> np.ndarray:
+    """Random world points inside a scan."""
+    made = sitk.ReadImage(str(path))
+    size = np.array(made.GetSize())
+    places = np.random.default_rng(5).uniform(margin, size - 1 - margin, (count, 3))
+    return np.array([made.TransformContinuousIndexToPhysicalPoint(p.tolist()) for p in places])
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A scan, its bent copy (``fixed = moving(x + bend(x))``), and their registration."""
+    folder = tmp_path_factory.mktemp("pair")
+    fixed, moving = (
+        write(folder / "f.nii.gz", bent(texture()), **HEADER),
+        write(folder / "m.nii.gz", texture(), **HEADER),
+    )
+    return fixed, moving, registered(fixed, moving)
+
+
+def test_a_scan_registered_to_itself_does_not_move(pair):
+    fixed, _, _ = pair
+    assert float(registered(fixed, fixed).field.displacement_voxels.abs().max()) < 0.05
+
+
+def test_a_known_smooth_warp_comes_back(pair):
+    fixed, _, result = pair
+    made = sitk.ReadImage(str(fixed))
+    points = world_points(fixed)
+    index = np.array([made.TransformPhysicalPointToContinuousIndex(p.tolist()) for p in points])
+    expected = bend(*index.T[::-1]).T[:, ::-1]  # 1 mm voxels along world axes
+    apart = np.linalg.norm(displacements(result, points) - expected, axis=1)
+    assert np.linalg.norm(expected, axis=1).mean() > 1.2
+    assert np.median(apart) < 0.35 and apart.max() < 1.0  # voxels
+
+
+def test_flipped_and_swapped_files_change_nothing_in_world_space(pair, tmp_path):
+    fixed, moving, result = pair
+    for path, orientation in ((fixed, "SPL"), (moving, "AIR")):
+        sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(path)), orientation), str(tmp_path / path.name))
+    turned = registered(tmp_path / fixed.name, tmp_path / moving.name)
+    points = world_points(fixed)
+    assert np.abs(displacements(turned, points) - displacements(result, points)).max() < 1e-3
+
+
+def test_headers_rotated_together_rotate_the_field(pair, tmp_path):
+    fixed, moving, result = pair
+    turn = sitk.Euler3DTransform((5.0, -3.0, 2.0), 0.3, -0.2, 0.4)
+    rotation = np.reshape(turn.GetMatrix(), (3, 3))
+    for path in (fixed, moving):
+        made = sitk.ReadImage(str(path))
+        made.SetOrigin(turn.TransformPoint(made.GetOrigin()))
+        made.SetDirection((rotation @ np.reshape(made.GetDirection(), (3, 3))).ravel().tolist())
+        sitk.WriteImage(made, str(tmp_path / path.with_suffix("").with_suffix(".nrrd").name))
+    turned = registered(tmp_path / "f.nrrd", tmp_path / "m.nrrd")
+    points = world_points(fixed)
+    moved = np.array([turn.TransformPoint(p.tolist()) for p in points])
+    expected = displacements(result, points) @ rotation.T
+    assert np.abs(displacements(turned, moved) - expected).max() < 1e-2
+
+
+def test_a_shifted_header_is_a_displacement_of_as_many_mm(tmp_path):
+    """Anisotropic voxels; the moving file says that it lies 3 mm further along x."""
+    array = texture((13, 24, 28))
+    grid = {"spacing": (1.0, 1.0, 2.0), "angle": 0.0}
+    fixed = write(tmp_path / "f.nrrd", array, origin=(0, 0, 0), **grid)
+    moving = write(tmp_path / "m.nrrd", array, origin=(3, 0, 0), **grid)
+    found = displacements(registered(fixed, moving), world_points(fixed))
+    assert np.abs(np.median(found, axis=0) - (3, 0, 0)).max() < 0.05
+
+
+def as_cubes(path: Path) -> Path:
+    """A scan of 1 x 1 x 2 mm voxels as 1 mm cubes of the same box, by SimpleITK."""
+    made = sitk.ReadImage(str(path))
+    resampler = sitk.ResampleImageFilter()
+    resampler.SetReferenceImage(made)
+    resampler.SetSize((*made.GetSize()[:2], 2 * made.GetSize()[2]))
+    resampler.SetOutputSpacing((1.0, 1.0, 1.0))
+    resampler.SetOutputOrigin(made.TransformContinuousIndexToPhysicalPoint((0.0, 0.0, -0.25)))
+    resampler.UseNearestNeighborExtrapolatorOn()
+    cubes = path.with_name(f"cubes_{path.name}")
+    sitk.WriteImage(resampler.Execute(made), str(cubes))
+    return cubes
+
+
+def test_anisotropic_scans_equal_their_isotropic_resampling(pair, tmp_path):
+    thick = []
+    for path in pair[:2]:
+        thick.append(tmp_path / path.name)
+        sitk.WriteImage(sitk.ReadImage(str(path))[:, :, ::2], str(thick[-1]))
+    expected, found = registered(*map(as_cubes, thick)), registered(*thick)
+    points = world_points(thick[0])
+    assert np.abs(displacements(found, points) - displacements(expected, points)).max() < 0.1
+
+
+@pytest.fixture(scope="module")
+def written(pair, tmp_path_factory):
+    """A pair with an affine start, labels and masks, and its files."""
+    folder = tmp_path_factory.mktemp("written")
+    fixed, moving, _ = pair
+    start = sitk.AffineTransform(3)
+    start.Scale((1.05, 0.97, 1.0))
+    start.SetCenter((0.0, 30.0, -290.0))
+    start.SetTranslation((1.0, -0.5, 0.7))
+    sitk.WriteTransform(start, str(folder / "start.tfm"))
+    sitk.WriteImage(sitk.DICOMOrient(sitk.ReadImage(str(fixed)), "PIR"), str(folder / "fixed.nii.gz"))
+    made = sitk.ReadImage(str(moving))
+    labels = sitk.Cast(made > 110, sitk.sitkUInt8)
+    sitk.WriteImage(labels, str(folder / "labels.nii.gz"))
+    fixed_labels = sitk.Cast(sitk.ReadImage(str(folder / "fixed.nii.gz")) > 110, sitk.sitkUInt8)
+    sitk.WriteImage(fixed_labels, str(folder / "fixed_labels.nii.gz"))
+    scans = (
+        load_scan(folder / "fixed.nii.gz", labels=folder / "fixed_labels.nii.gz"),
+        load_scan(moving, labels=folder / "labels.nii.gz"),
+    )
+    settings = PairSettings(init=str(folder / "start.tfm"), solver=QUICK.solver)
+    result = register_pair(*scans, [Mind()], settings)
+    measures = write_outputs(result, folder / "out", {"asked": 1}, inverse=True)
+    return folder, moving, result, measures
+
+
+class TestFiles:
+    def test_image_and_transform_are_one_field(self, written):
+        """`displacement.nii.gz` and `transform.h5` through SimpleITK, at every voxel of the fixed file."""
+        folder, *_ = written
+        fixed = sitk.ReadImage(str(folder / "fixed.nii.gz"))
+        field = sitk.ReadImage(str(folder / "out" / "displacement.nii.gz"))
+        transform = sitk.ReadTransform(str(folder / "out" / "transform.h5"))
+        assert field.GetSize() == fixed.GetSize() and np.allclose(field.GetOrigin(), fixed.GetOrigin(), atol=1e-4)
+        size, origin, spacing = fixed.GetSize(), fixed.GetOrigin(), fixed.GetSpacing()
+        sampled = sitk.TransformToDisplacementField(
+            transform, sitk.sitkVectorFloat64, size, origin, spacing, fixed.GetDirection()
+        )
+        difference = sitk.GetArrayFromImage(sampled) - sitk.GetArrayFromImage(field)
+        assert np.abs(difference).max() < 1e-3
+        assert np.abs(sitk.GetArrayFromImage(field)).max() > 1
+
+    def test_warped_files_are_what_itk_makes_of_the_field(self, written):
+        folder, moving, *_ = written
+        fixed, image = sitk.ReadImage(str(folder / "fixed.nii.gz")), sitk.ReadImage(str(moving))
+        field = sitk.ReadImage(str(folder / "out" / "displacement.nii.gz"), sitk.sitkVectorFloat64)
+        transform = sitk.DisplacementFieldTransform(field)
+        lowest = float(sitk.GetArrayViewFromImage(image).min())
+        expected = sitk.Resample(image, fixed, transform, sitk.sitkLinear, lowest)
+        warped = sitk.ReadImage(str(folder / "out" / "warped.nii.gz"))
+        assert np.abs(sitk.GetArrayFromImage(warped) - sitk.GetArrayFromImage(expected)).max() < 0.05
+        labels = sitk.ReadImage(str(folder / "labels.nii.gz"))
+        expected = sitk.Resample(labels, fixed, transform, sitk.sitkNearestNeighbor, 0)
+        found = sitk.ReadImage(str(folder / "out" / "warped_labels.nii.gz"))
+        assert (sitk.GetArrayFromImage(found) != sitk.GetArrayFromImage(expected)).mean() < 1e-3
+
+    def test_the_start_is_part_of_the_field_and_is_corrected(self, written):
+        """The truth is the bend alone, so the deformation has to undo the wrong start."""
+        *_, measures = written
+        assert measures["labels_after"]["dice"]["mean"] > measures["labels_before"]["dice"]["mean"] + 0.1
+        assert measures["labels_after"]["dice"]["mean"] > 0.8
+        assert measures["smoothness_grid"]["fold_percent"] < 1
+
+    def test_the_inverse_leads_back(self, written):
+        folder, moving, *_ = written
+        there = sitk.ReadTransform(str(folder / "out" / "transform.h5"))
+        field = sitk.ReadImage(str(folder / "out" / "displacement_inverse.nii.gz"), sitk.sitkVectorFloat64)
+        back = sitk.DisplacementFieldTransform(field)
+        points = world_points(moving, margin=6)
+        round_trip = np.array([there.TransformPoint(back.TransformPoint(p.tolist())) for p in points])
+        assert np.abs(np.linalg.norm(round_trip - points, axis=1)).max() < 0.1
+
+    def test_measures_tell_what_was_done(self, written):
+        folder, _, _, measures = written
+        found = read_json(folder / "out" / "measures.json")
+        assert found == measures and found["request"] == {"asked": 1}
+        assert {"start", "features", "solver"} <= set(found["seconds"]) and found["peak_memory_gib"]["solver"] > 0
+        assert found["start"] == "read from start.tfm"
