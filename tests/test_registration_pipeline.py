@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from checkpoint_helpers import content_of, plans_of, primus
 from scans import write
 from scipy.ndimage import gaussian_filter, map_coordinates
 
+from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.files import read_json
-from nnssl_ext.registration.features import Mind
+from nnssl_ext.registration.features import Mind, load_features
 from nnssl_ext.registration.images import load_scan
 from nnssl_ext.registration.outputs import displacement_image, write_outputs
 from nnssl_ext.registration.pipeline import PairSettings, Registration, register_pair
@@ -141,6 +144,19 @@ def test_anisotropic_scans_equal_their_isotropic_resampling(pair, tmp_path):
     expected, found = registered(*map(as_cubes, thick)), registered(*thick)
     points = world_points(thick[0])
     assert np.abs(displacements(found, points) - displacements(expected, points)).max() < 0.1
+
+
+def test_scans_far_from_a_network_s_spacing_are_told(pair, tmp_path):
+    """A network for voxels of 4 mm, scans of 1 mm; the common grid follows the network."""
+    path = tmp_path / "coarse.pth"
+    plans = plans_of(primus([16, 16, 16]), [16, 16, 16])
+    plans["configurations"]["3d_fullres"]["spacing"] = [4.0] * 3
+    save_checkpoint(path, content_of(plans))
+    settings = PairSettings(init="none", solver=SolverSettings(iterations=2))
+    result = register_pair(*map(load_scan, pair[:2]), load_features(str(path), torch.device("cpu")), settings)
+    assert result.grid.spacing == (4.0, 4.0, 4.0)
+    told = [note for note in result.notes if "outside the range" in note]
+    assert len(told) == 2 and "f.nii.gz has voxels of 1x1x1 mm" in told[0]
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ class Encoder:
                 f"no normalisation {self.scheme}, which the network was trained with, is installed",
                 "install the package that holds it (nnssl_doctor checks the plugin)",
             )
-        cropped, outside, box = crop_to_nonzero(np.asarray(raw, np.float32)[None])
+        cropped, outside, box = crop_to_nonzero(np.array(raw, np.float32)[None])  # a copy: some schemes work in place
         normaliser = scheme(use_mask_for_norm=self.masked, intensityproperties=dict(self.intensities))
         normal = np.asarray(normaliser.run(cropped[0], outside[0]), np.float32)
         beyond = [(low, length - high) for (low, high), length in zip(box, raw.shape, strict=True)]
