@@ -1,0 +1,93 @@
+"""Paired statistics against hand cases, complete enumeration, and the t distribution."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from nnssl_ext.reports.statistics import SMALLEST, compare
+
+
+def test_six_gains_of_one_sign_by_hand():
+    """Of the 2**6 sign patterns, two are as extreme."""
+    gains = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    found = compare(gains + 10, np.full(6, 10.0))
+    assert found.n == 6 and found.difference == 3.5
+    assert found.p == pytest.approx(2 / 2**6)
+    assert found.shown == 1
+
+
+def test_wilcoxon_counts_all_sign_patterns():
+    values = np.array([0.3, -0.1, 0.7, 0.2, -0.6, 0.5, 0.4, 0.9])
+    ranks = stats.rankdata(np.abs(values))
+    sums = [
+        sum(r for r, sign in zip(ranks, signs, strict=True) if sign) for signs in itertools.product((0, 1), repeat=8)
+    ]
+    reached = min(ranks[values > 0].sum(), ranks[values < 0].sum())
+    assert compare(values, np.zeros(8)).p == pytest.approx(2 * np.mean(np.array(sums) <= reached))
+
+
+def test_the_interval_is_that_of_all_resamples():
+    """Symmetric values have no bias and no acceleration, so the interval is the quantiles over all 6**6 resamples."""
+    values = np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5]) + 4
+    means = np.array(list(itertools.product(values, repeat=6))).mean(axis=1)
+    found = compare(values, np.zeros(6))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, (0.025, 0.975))), abs=0.06)
+
+
+def test_the_interval_of_many_normal_values_is_student_s():
+    values = np.random.default_rng(1).normal(0.2, 1.0, 400)
+    found = compare(values, np.zeros(400))
+    expected = stats.t.interval(0.95, 399, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx(expected, abs=0.01)
+
+
+def test_pairing_sees_what_spread_between_cases_hides():
+    rng = np.random.default_rng(0)
+    cases = rng.normal(0, 10, 20)
+    found = compare(cases + 0.5 + rng.normal(0, 0.1, 20), cases)
+    assert found.shown == 1 and found.high - found.low < 0.2
+
+
+def test_lower_can_be_better():
+    distances = np.array([2.0, 2.1, 1.9, 2.2, 2.05, 1.95, 2.15])
+    found = compare(distances, distances + 0.3 + 0.01 * np.arange(7), higher_is_better=False)
+    assert found.shown == 1 and found.difference < 0
+    assert found.verdict("helps", "hurts").startswith("helps: -0.33")
+
+
+def test_nothing_is_claimed_from_few_pairs_or_noise():
+    few = compare([0.9, 0.8, 0.9, 0.85, 0.95], [0.1, 0.2, 0.1, 0.15, 0.1])
+    assert few.low > 0 and few.shown == 0 and few.n < SMALLEST
+    assert "no difference shown" in few.verdict() and "fewer than" in few.verdict()
+    noise = np.array([0.5, -0.4, 0.3, -0.6, 0.2, -0.1, 0.4, -0.2])
+    assert compare(noise, np.zeros(8)).shown == 0
+
+
+def test_false_alarms_are_as_frequent_as_promised():
+    rng = np.random.default_rng(3)
+    alarms = [compare(rng.normal(size=29), np.zeros(29)).shown != 0 for _ in range(100)]
+    assert np.mean(alarms) < 0.13  # 0.05 expected; 0.13 is exceeded once in 2000 such experiments
+
+
+def test_degenerate_input():
+    same = compare([0.5] * 8, [0.5] * 8)
+    assert (same.difference, same.low, same.high, same.p, same.shown) == (0, 0, 0, 1, 0)
+    shifted = compare([0.75] * 8, [0.5] * 8)
+    assert (shifted.low, shifted.high, shifted.shown) == (0.25, 0.25, 1)
+    assert compare([], []).verdict() == "no difference shown: no pair in common"
+    assert compare([1.0], [0.0]).n == 1
+    two = compare([1.0, 2.0], [0.0, 0.0])
+    assert two.low <= two.difference <= two.high
+
+
+def test_pairs_that_one_side_lacks_are_left_out():
+    gains = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    found = compare([*gains, np.nan, 5.0], [0.0] * 6 + [1.0, np.nan])
+    assert found == compare(gains, [0.0] * 6)
+
+
+def test_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="cannot be paired"):
+        compare([1.0, 2.0, 3.0], [1.0, 2.0])
