@@ -62,9 +62,8 @@ class Job:
         return int(self.settings.epochs * self.settings.iterations)
 
     def __str__(self) -> str:
-        size = "x".join(map(str, self.plan.global_crop))
         return (
-            f"{self.method} on {self.plan.preset}, {len(self.cases)} cases of {self.dataset}, crops of {size} voxels, "
+            f"{self.method} on {self.plan.preset}, {len(self.cases)} cases of {self.dataset}, "
             f"batch {self.run.batch_size} x {self.run.processes}, {self.total_steps} steps -> {self.output}"
         )
 
