@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -50,20 +50,43 @@ class PairSettings:
 
 
 @dataclass(frozen=True)
-class Registration:
-    """A registered pair.
+class DescribedPair:
+    """Two scans on their common grid, ready for any solver.
 
     Attributes:
         fixed, moving: the scans.
         initial: world point of the fixed scan -> world point of the moving scan, applied before the deformation.
         initial_note: one sentence on where `initial` comes from.
         grid: the common grid.
-        field: the deformation on it; ``warped(x) = moving(initial(x + d(x)))``.
-        fixed_mask: where the fixed scan's foreground is, on the common grid.
-        features: first channels of both scans' features, for pictures.
+        features: of both scans, at every voxel of it.
+        foreground: of both scans.
+        counted: what may be compared, or None for every voxel.
         seconds: per stage.
         memory_gib: peak per stage: of the device on CUDA, else of the process so far.
         notes: what deserves attention, one sentence each.
+    """
+
+    fixed: Scan
+    moving: Scan
+    initial: sitk.Transform
+    initial_note: str
+    grid: Grid
+    features: tuple[Float[Tensor, "C Z Y X"], Float[Tensor, "C Z Y X"]]
+    foreground: tuple[Bool[np.ndarray, "Z Y X"], Bool[np.ndarray, "Z Y X"]]
+    counted: tuple[Bool[Tensor, "Z Y X"] | None, Bool[Tensor, "Z Y X"] | None]
+    seconds: dict[str, float]
+    memory_gib: dict[str, float]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A registered pair: `DescribedPair` and the deformation found on its grid.
+
+    Attributes:
+        field: the deformation on the common grid; ``warped(x) = moving(initial(x + d(x)))``.
+        fixed_mask: where the fixed scan's foreground is, on the common grid.
+        features: first channels of both scans' features, for pictures.
     """
 
     fixed: Scan
@@ -91,6 +114,20 @@ def register_pair(
     Raises:
         NnsslError: fields of view that do not meet, no foreground in common, networks of different spacings, or no start.
     """
+    pair = describe_pair(fixed, moving, sources, settings, device)
+    return deform_pair(
+        pair, lambda: register_features(*pair.features, pair.grid.spacing, settings.solver, *pair.counted)
+    )
+
+
+def describe_pair(
+    fixed: Scan,
+    moving: Scan,
+    sources: Sequence[FeatureSource],
+    settings: PairSettings = PairSettings(),
+    device: torch.device | str = "cpu",
+) -> DescribedPair:
+    """Bring two scans onto a common grid and describe them there; what `register_pair` does before it deforms."""
     device = torch.device(device)
     seconds: dict[str, float] = {}
     memory: dict[str, float] = {}
@@ -116,14 +153,42 @@ def register_pair(
             )
             volumes.append((fixed_volume, moving_volume))
         described = pair_features(sources, volumes, grid.spacing, tensors[0], tensors[1], settings.weights)
-    with _measured("solver", device, seconds, memory):
-        weights = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in counted]
-        found = register_features(*described, grid.spacing, settings.solver, *weights)
-    seconds |= {f"solver_{stage}": value for stage, value in found.seconds.items()}
+    weights = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in counted]
     notes = tuple(note for source in sources for note in (*source.notes, *_spacing_notes(source, fixed, moving, grid)))
-    few = tuple(maps[:12].cpu() for maps in described)
+    return DescribedPair(
+        fixed,
+        moving,
+        initial,
+        initial_note,
+        grid,
+        described,
+        (masks[0], masks[1]),
+        (weights[0], weights[1]),
+        seconds,
+        memory,
+        notes,
+    )
+
+
+def deform_pair(pair: DescribedPair, solve: Callable[[], Field]) -> Registration:
+    """What `solve` finds for a described pair, with its time and memory."""
+    seconds, memory = dict(pair.seconds), dict(pair.memory_gib)
+    with _measured("solver", pair.features[0].device, seconds, memory):
+        found = solve()
+    seconds |= {f"solver_{stage}": value for stage, value in found.seconds.items()}
+    few = tuple(maps[:12].cpu() for maps in pair.features)
     return Registration(
-        fixed, moving, initial, initial_note, grid, found, masks[0], (few[0], few[1]), seconds, memory, notes
+        pair.fixed,
+        pair.moving,
+        pair.initial,
+        pair.initial_note,
+        pair.grid,
+        found,
+        pair.foreground[0],
+        (few[0], few[1]),
+        seconds,
+        memory,
+        pair.notes,
     )
 
 
