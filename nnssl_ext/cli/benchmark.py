@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.catalogue import pretraining_methods
+from nnssl_ext.cli import _benchmark_registration
 from nnssl_ext.cli._run import run
 from nnssl_ext.cli._settings import method_settings
 from nnssl_ext.errors import NnsslError
@@ -52,6 +53,7 @@ def parser(synthetic: bool = False) -> argparse.ArgumentParser:
         "--all_tokens", action="store_true", help="also the same step with all tokens encoded, and the ratio"
     )
     t.add_argument("-o", type=Path, metavar="FILE", help="write the JSON here instead of printing it")
+    _benchmark_registration.add_parser(commands)
     return p
 
 
@@ -63,6 +65,8 @@ def main() -> None:
 def _main() -> int:
     base = parser(synthetic="--synthetic" in sys.argv)
     args, rest = base.parse_known_args()
+    if args.command == "registration":
+        return _benchmark_registration.main(args, rest)
     if args.synthetic and not args.crop:
         base.error("--synthetic needs --crop Z Y X")
     if not args.synthetic and not (args.dataset and args.configuration):

@@ -1,0 +1,1 @@
+"""Methods of registration against each other on labelled pairs."""
