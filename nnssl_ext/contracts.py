@@ -34,7 +34,10 @@ class ViewDraw:
 
 @runtime_checkable
 class ViewPolicy(Protocol):
-    """Draws the views of one case. Frozen, picklable, without torch state: it runs in reading workers."""
+    """Draws the views of one case. Frozen, picklable, without torch state: it runs in reading workers.
+
+    A policy with a true attribute ``labels`` is also given the labels of its views.
+    """
 
     def draw(self, case: Case, rng: np.random.Generator, quantile: float) -> tuple[ViewDraw, ...]:
         """The views of one sample; every sample of a run has the same number of views with the same sizes.

@@ -48,11 +48,13 @@ class Region:
         voxels: ``(C, Z, Y, X)``.
         lower: case voxel of the region's first voxel; region -> case is this translation.
         case: where it came from.
+        labels: ``(Z, Y, X)`` of the same voxels, 0 = background, where they were asked for.
     """
 
     voxels: Float[np.ndarray, "C Z Y X"]
     lower: Size
     case: Case
+    labels: Int[np.ndarray, "Z Y X"] | None = None
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.voxels.shape[1:]))
@@ -72,6 +74,8 @@ class View:
         mask: ``(B, z, y, x)`` on the mask's grid of cells, True where masked, or None. It stays on the CPU, where the
             number of visible tokens can be read without waiting for the device.
         applied: per sample, the augmentations that were applied and their strengths, and the draw's `facts`.
+        labels: ``(B, Z, Y, X)`` of the nearest case voxels, 0 = background or outside; None unless the policy asks for
+            them: only weakly supervised methods do.
     """
 
     voxels: Float[Tensor, "B C Z Y X"]
@@ -81,6 +85,7 @@ class View:
     cases: tuple[str, ...]
     mask: Bool[Tensor, "B z y x"] | None = None
     applied: tuple[dict[str, float], ...] = ()
+    labels: Int[Tensor, "B Z Y X"] | None = None
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.voxels.shape[2:]))

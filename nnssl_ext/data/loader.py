@@ -37,6 +37,7 @@ class RegionBatch:
         spacing: ``(B, 3)`` mm of each case's voxels.
         cases: ``B`` identifiers.
         draws: per sample, its views.
+        labels: ``(B, Z, Y, X)`` of the same voxels, padded alike, or None.
     """
 
     voxels: Float[Tensor, "B C Z Y X"]
@@ -45,6 +46,7 @@ class RegionBatch:
     spacing: Float[Tensor, "B 3"]
     cases: tuple[str, ...]
     draws: tuple[tuple[ViewDraw, ...], ...]
+    labels: Int[Tensor, "B Z Y X"] | None = None
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.voxels.shape[2:]))
@@ -52,7 +54,8 @@ class RegionBatch:
 
     def pin_memory(self) -> RegionBatch:
         """The same in page-locked memory, from where copies to a GPU run beside computation."""
-        return replace(self, voxels=self.voxels.pin_memory())
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, voxels=self.voxels.pin_memory(), labels=labels)
 
 
 class RegionLoader:
@@ -149,7 +152,7 @@ class _Samples(Dataset[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]):
             rng = np.random.default_rng([self.seed, number])
             draws = self.policy.draw(case, rng, self._quantile(number, rng))
             box = reduce(hull, (bounding_box(draw.affine, draw.size) for draw in draws))
-            return read_region(case, box.lower, box.upper), draws
+            return read_region(case, box.lower, box.upper, labels=getattr(self.policy, "labels", False)), draws
         except NnsslError as error:
             return error  # raised in a worker it would reach the user buried in a traceback
 
@@ -177,6 +180,12 @@ def _collate(samples: list[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]) ->
     for target, region in zip(voxels, regions, strict=True):
         z, y, x = region.voxels.shape[1:]
         target[:, :z, :y, :x] = torch.from_numpy(region.voxels)
+    labels = None
+    if regions[0].labels is not None:
+        labels = torch.zeros(len(regions), *voxels.shape[2:], dtype=torch.int16)
+        for row, region in zip(labels, regions, strict=True):
+            z, y, x = region.voxels.shape[1:]
+            row[:z, :y, :x] = torch.from_numpy(region.labels)
     return RegionBatch(
         voxels=voxels,
         lower=torch.tensor([region.lower for region in regions]),
@@ -184,6 +193,7 @@ def _collate(samples: list[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]) ->
         spacing=torch.tensor([region.case.spacing for region in regions]),
         cases=tuple(region.case.identifier for region in regions),
         draws=tuple(draws for _, draws in read),
+        labels=labels,
     )
 
 

@@ -9,18 +9,25 @@ from nnssl_ext.geometry.boxes import Box, clip
 from nnssl_ext.records import Case, Region, Size
 
 
-def read_region(case: Case, lower: Size, upper: Size) -> Region:
-    """Voxels ``lower <= (z, y, x) < upper`` of a case, clipped to its volume, all channels, float32.
+def read_region(case: Case, lower: Size, upper: Size, labels: bool = False) -> Region:
+    """Voxels ``lower <= (z, y, x) < upper`` of a case, clipped to its volume, all channels, float32; with their labels if asked.
 
     Raises:
         NnsslError: the file is missing or damaged, naming it.
     """
     box = clip(Box(lower, upper), case.shape)
-    volume = open_volume(case.folder, case.identifier)
-    if volume.shape != (case.channels, *case.shape):
-        raise damaged(case.folder, case.identifier, ValueError(f"its shape changed to {volume.shape} during the run"))
+    voxels = _read(case, case.identifier, case.channels, box).astype(np.float32, copy=False)
+    if not labels:
+        return Region(voxels, box.lower, case)
+    segmentation = _read(case, f"{case.identifier}_seg", 1, box)[0]
+    return Region(voxels, box.lower, case, segmentation.clip(0).astype(np.int16))  # -1: outside nnU-Net's nonzero mask
+
+
+def _read(case: Case, name: str, channels: int, box: Box) -> np.ndarray:
+    volume = open_volume(case.folder, name)
+    if volume.shape != (channels, *case.shape):
+        raise damaged(case.folder, name, ValueError(f"its shape changed to {volume.shape} during the run"))
     try:
-        voxels = volume[(slice(None), *map(slice, box.lower, box.upper))]
+        return np.asarray(volume[(slice(None), *map(slice, box.lower, box.upper))])
     except Exception as error:  # blosc2 raises bare RuntimeErrors
-        raise damaged(case.folder, case.identifier, error) from error
-    return Region(np.asarray(voxels, np.float32), box.lower, case)
+        raise damaged(case.folder, name, error) from error

