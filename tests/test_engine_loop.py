@@ -26,6 +26,7 @@ EVERY_PAIR = [(method, backbone) for method in pretraining_methods() for backbon
 COMPARABLE = {
     "DINO3DTrainer": ("--head.prototypes", "64", "--teacher.patch_centring", "centre", "--freeze_last_layer", "1"),
     "IBOTTrainer": ("--head.prototypes", "64", "--freeze_last_layer", "1"),
+    "RegistrationTrainer": ("--refinement", "0", "--places", "64", "--layer.search", "2"),  # Adam blows rounding up
     "SimSiamTrainer": ("--projector_dim", "32", "--predictor_dim", "16"),
 }
 """Settings with which batches of a method add up, and with which a few steps move all of it."""

@@ -60,6 +60,21 @@ def parser() -> argparse.ArgumentParser:
         "features; 0 = never (default: 10). Labels never reach the training",
     )
     p.add_argument(
+        "--registration_pairs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="whenever features are probed, also register N labelled pairs by them and report Dice at one smoothness, "
+        "beside random weights (default: 0)",
+    )
+    p.add_argument(
+        "--registration_cases",
+        type=Path,
+        metavar="FILE",
+        help="JSON list, or text file with one case a line: neighbours among these development cases are the pairs. Keep test "
+        "cases out (default: the cases that are learned from)",
+    )
+    p.add_argument(
         "--max_skipped", type=int, default=5, help="non-finite steps tolerated between checkpoints (default: 5)"
     )
     p.add_argument("--tracker", choices=("none", "tensorboard", "wandb"), default="none", help="optional extras")
@@ -117,6 +132,8 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
             max_skipped=args.max_skipped,
             picture_epochs=args.picture_epochs,
             probe_epochs=args.probe_epochs,
+            registration_pairs=args.registration_pairs,
+            registration_cases=tuple(_case_names(args.registration_cases) if args.registration_cases else ()),
             pretrained_weights=str(args.pretrained_weights) if args.pretrained_weights else None,
             tracker=args.tracker,
         ),
@@ -129,15 +146,18 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
 
 
 def _case_names(path: Path) -> list[str]:
+    """The cases that a file of ``--cases`` or ``--registration_cases`` lists."""
     if path.suffix == ".json":
         names = read_json(path)
         if not isinstance(names, list):
-            raise NnsslError(f"--cases {path} is not a JSON list", 'write ["case_a", "case_b"]')
+            raise NnsslError(f"the case list {path} is not a JSON list", 'write ["case_a", "case_b"]')
         return [str(name) for name in names]
     try:
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except OSError as error:
-        raise NnsslError(f"--cases {path}: {error}", "give a JSON list or a text file with one case a line") from error
+        raise NnsslError(
+            f"cannot read the case list {path}: {error}", "give a JSON list or a text file with one case a line"
+        ) from error
 
 
 def _default_device() -> Device:

@@ -26,6 +26,8 @@ FREE_TO_CHANGE = {
     "compile",
     "picture_epochs",
     "probe_epochs",
+    "registration_pairs",
+    "registration_cases",
     "tracker",
     "max_skipped",
 }

@@ -90,7 +90,7 @@ def pretrain(job: Job, resume: bool = False) -> bool:
     if fabric.is_global_zero:
         tracker = open_tracker(job.run.tracker, job.output, job.as_json())
         log = TrainingLog(job.output, state.step // job.settings.iterations, tracker)
-        probe = open_probe(job, fabric.device)
+        probe = open_probe(job, parts.method, fabric.device)
     with stop_on_signal() as stop:
         watch = Watch(standard_monitors(), Faults(job.run.max_skipped), stop, probe)
         batches = stream(parts, state)

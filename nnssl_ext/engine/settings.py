@@ -57,6 +57,8 @@ class RunSettings:
         max_skipped: non-finite steps tolerated between two checkpoints before the run rolls back.
         picture_epochs: draw pictures and write the report every so many epochs (and at the end).
         probe_epochs: probe frozen features on labelled cases every so many epochs (and at the end); 0 = never.
+        registration_pairs: labelled pairs that are registered by frozen features whenever the probe is asked; 0 = none.
+        registration_cases: neighbours among these cases are the pairs; empty: among those that are learned from.
         pretrained_weights: checkpoint whose weights the run starts from.
         tracker: also send the log to TensorBoard or W&B (optional extras).
     """
@@ -71,5 +73,7 @@ class RunSettings:
     max_skipped: int = 5
     picture_epochs: int = 10
     probe_epochs: int = 10
+    registration_pairs: int = 0
+    registration_cases: tuple[str, ...] = ()
     pretrained_weights: str | None = None
     tracker: Literal["none", "tensorboard", "wandb"] = "none"

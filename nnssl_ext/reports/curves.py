@@ -18,7 +18,8 @@ from nnssl_ext.monitors.diagnosis import Finding
 # matplotlib is used through Figure objects only: no global state, no display, safe beside a notebook's own figures.
 
 COUNTERS = ("epoch", "step")
-SPARSE = ("probe_dice", "knn_dice", "probe_dice_random", "knn_dice_random")
+REGISTERED = ("registration_dice", "registration_dice_random", "registration_sdlogj", "registration_sdlogj_random")
+SPARSE = ("probe_dice", "knn_dice", "probe_dice_random", "knn_dice_random", *REGISTERED)
 """Not asked every epoch; elsewhere a gap in a curve means that a figure was missing or diverged."""
 RUNNING = {"lr": "learning rate", "grad_norm": "gradient norm", "cases_per_s": "cases per second"}
 GROUPS = {
@@ -34,6 +35,8 @@ GROUPS = {
     "effective rank of heads": ("projector_rank", "predictor_rank"),
     "places within a crop": ("token_similarity", "token_variance_share"),
     "Dice of frozen features": ("probe_dice", "probe_dice_random", "knn_dice", "knn_dice_random"),
+    "Dice of registered pairs": REGISTERED[:2],
+    "smoothness of registrations, SDlogJ": REGISTERED[2:],
     "IoU of pairs": ("iou", "iou_fallback"),
 }
 """Figures that are read together."""
