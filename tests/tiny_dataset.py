@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def plans_of(preset: str) -> dict:
                 "resampling_fn_seg_kwargs": {**resampling, "is_seg": True, "order": 1},
                 "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
                 "resampling_fn_probabilities_kwargs": {**resampling, "order": 1},
-                "architecture": ARCHITECTURES[preset],
+                "architecture": deepcopy(ARCHITECTURES[preset]),
                 "nnssl": {
                     "schema": 1,
                     "backbone": "primus" if preset.startswith("Primus") else "resenc",

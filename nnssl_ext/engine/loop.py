@@ -186,7 +186,6 @@ def close_epoch(
         row.update(monitor.say())
     better = figures.get("loss", float("inf")) < state.best
     state.best = min(state.best, figures.get("loss", float("inf")))
-    save(parts, state)
     news: list[str] = []
     if log is not None:
         if better:
@@ -197,6 +196,8 @@ def close_epoch(
         if epoch % job.run.picture_epochs == 0:
             draw_pictures(job, parts.method, parts.fabric.device, job.output / f"reconstruction_{epoch:04d}.png")
             write_run_report(job.output, log.findings)
+    # After the log: a run killed in between repeats the epoch, and its row is replaced; a row that is missing stays so.
+    save(parts, state)
     shown = {name: value for name, value in row.items() if name not in ("epoch", "step")}
     parts.fabric.print(f"epoch {epoch + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     for line in news:
