@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +18,7 @@ from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.plans import preprocessed_folder
 
 
+@runtime_checkable
 class Question(Protocol):
     """Something to ask of a frozen backbone."""
 
