@@ -117,20 +117,22 @@ def package(pair: DescribedPair, strength: float | None) -> Field:
     from convexAdam.convex_adam_MIND import convex_adam_pt
 
     fixed, moving = _filled(pair)
-    found = convex_adam_pt(
-        fixed,
-        moving,
-        mind_r=1,
-        mind_d=2,
-        lambda_weight=PACKAGE_LAMBDA,
-        **PACKAGE,
-        selected_niter=80,
-        selected_smooth=0,
-        ic=True,
-        dtype=torch.float32,
-        verbose=False,
-        device=torch.device("cpu"),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on defaults of torch that it relies on
+        found = convex_adam_pt(
+            fixed,
+            moving,
+            mind_r=1,
+            mind_d=2,
+            lambda_weight=PACKAGE_LAMBDA,
+            **PACKAGE,
+            selected_niter=80,
+            selected_smooth=0,
+            ic=True,
+            dtype=torch.float32,
+            verbose=False,
+            device=torch.device("cpu"),
+        )
     return _cropped(pair, torch.from_numpy(np.moveaxis(np.asarray(found), -1, 0)))
 
 
