@@ -174,7 +174,7 @@ def outlook(plan: Benchmark, method: Method, say: Say) -> tuple[int, float]:
     waiting += [cell for cell in tests if cell.finished(plan.output) is None]
     ready = fmean(entry["seconds"]["prepare"] for entry in results[example])
     each = fmean(entry["seconds"]["solve"] for entry in results[example])
-    return len(waiting), sum(ready + len(cell.strengths) * each for cell in waiting)
+    return len(waiting), sum((ready + len(cell.strengths) * each for cell in waiting), 0.0)
 
 
 def _cells(

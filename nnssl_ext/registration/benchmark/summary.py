@@ -142,5 +142,5 @@ def _learnt(method: Method, comparisons: Sequence[dict[str, Any]]) -> str:
     return f"{method.name}: its control has no figures"
 
 
-def _finite(value: float | int) -> float | None:
+def _finite(value: float | int) -> float | int | None:
     return value if np.isfinite(value) else None
