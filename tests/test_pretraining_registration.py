@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+import torch
+from tiny_dataset import BACKBONES, CONFIGURATION, plans_of, write_dataset
+
+from nnssl_ext.data.cases import list_cases
+from nnssl_ext.data.loader import make_loader
+from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.plans import pretrain_plan
+from nnssl_ext.registration.pairing import pair_crops
+from nnssl_ext.registration.warp import warp
+from nnssl_ext.trainers.pretraining.registration import RegistrationSettings, RegistrationTrainer
+from nnssl_ext.views.cut import cut_views
+from nnssl_ext.views.recipes import NO_INTENSITY
+from nnssl_ext.views.registration_pairs import RegistrationPairs, drawn_warp
+
+SMALL = {"crop": (16, 16, 16), "places": 64, "refinement": 2}
+CPU = torch.device("cpu")
+
+
+def method_of(backbone="PrimusTiny", **settings) -> RegistrationTrainer:
+    torch.manual_seed(0)
+    plans = plans_of(backbone)
+    plan = pretrain_plan(plans, CONFIGURATION, 1)
+    return RegistrationTrainer(
+        RegistrationSettings(**{**SMALL, **settings}), build_backbone(plans, CONFIGURATION, 1), plan
+    )
+
+
+@pytest.fixture
+def cases(tmp_path):
+    return list_cases(write_dataset(tmp_path) / "tiny_3d_fullres", (1.0, 1.0, 1.0))
+
+
+def views_of(cases, policy, batch=4):
+    return cut_views(next(iter(make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=batch))), CPU)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("settings", [{}, {"labels": (1,)}, {"level": "encoder"}])
+def test_the_trained_parts_are_the_ones_that_get_a_gradient(cases, backbone, settings):
+    method = method_of(backbone, **settings)
+    step = method(views_of(cases, method.view_policy))
+    step.loss.backward()
+    for name, parameter in method.backbone.network.named_parameters():
+        assert name.startswith(method.pretrained_prefixes) == (parameter.grad is not None), name
+    torch.testing.assert_close(step.loss, sum(step.parts.values()))
+    assert set(step.parts) == {"error", "contrast", *(["overlap"] if "labels" in settings else [])}
+    assert {f"cross_{name}" for name in step.parts} <= step.terms.keys()
+    assert not any(tensor.requires_grad for tensor in (*step.terms.values(), *step.watch.values()))
+
+
+def test_a_single_case_teaches_without_others(cases):
+    method = method_of()
+    step = method(views_of(cases, method.view_policy, batch=1))
+    assert step.terms["cross_error"] == step.terms["cross_contrast"] == 0 < step.terms["error"]
+    assert set(method.pictures(views_of(cases, method.view_policy, batch=1))) >= {"fixed", "moving, registered"}
+
+
+def crops_of(cases, stride=(1, 1, 1), labels=()):
+    """Crops whose feature maps are the images themselves."""
+    policy = RegistrationPairs((16, 16, 16), intensity=NO_INTENSITY, labels=bool(labels))
+    fixed, moving = views_of(cases, policy)
+    deformation = drawn_warp(fixed)
+    maps = tuple(
+        torch.nn.functional.avg_pool3d(volume, stride) for volume in (warp(fixed.voxels, deformation), moving.voxels)
+    )
+    return pair_crops(fixed, moving, deformation, maps, stride, labels), moving
+
+
+@pytest.mark.parametrize("stride", [(1, 1, 1), (2, 2, 2)])
+def test_targets_lead_from_what_the_fixed_map_shows_to_what_the_moving_map_shows(cases, stride):
+    crops, _ = crops_of(cases, stride)
+    for pair in crops.same():
+        apart, unmoved = (
+            (pair.fixed - moved)[:, pair.valid].square().mean()
+            for moved in (warp(pair.moving, pair.target), pair.moving)
+        )
+        assert apart < 0.25 * unmoved
+        assert pair.spacing == tuple(map(float, stride))
+
+
+def test_two_cases_meet_through_the_field_that_was_found_between_them(cases):
+    """With a field that is known, all of the way from the fixed view of one case to the moving view of the other is."""
+    crops, moving = crops_of(cases, labels=(1,))
+    asked = []
+
+    def find(guides, seen, spacing):
+        asked.append([a.shape[0] for a, _ in guides])
+        there = torch.zeros(3, 16, 16, 16)
+        there[0] = 2
+        return there, -there
+
+    forth, back = crops.different(find)[:2]
+    assert asked == [[1, 12, 1]] * 2  # two twos, described by features, MIND and one label
+    torch.testing.assert_close(forth.target, crops.known[0] + torch.tensor([2.0, 0, 0]).view(3, 1, 1, 1))
+    torch.testing.assert_close(back.target, crops.known[1] - torch.tensor([2.0, 0, 0]).view(3, 1, 1, 1))
+    # in case voxels, counted from the middle of each case, the end of the way is two planes further
+    place = np.argwhere(forth.valid.numpy())[0]
+    offset = moving.affine[0, :3, 3] - (moving.case_shape[0] - 1) / 2
+    other = moving.affine[1, :3, 3] - (moving.case_shape[1] - 1) / 2
+    end = torch.tensor(place) + forth.target[(slice(None), *place)] + (offset - other)  # a voxel of the other's view
+    whole = torch.nn.functional.grid_sample(
+        crops.moving[1][None], ((2 * end + 1) / 16 - 1).flip(-1).view(1, 1, 1, 1, 3), align_corners=False
+    )
+    aligned = warp(forth.moving, forth.target)[(slice(None), *place)]
+    assert aligned.item() == pytest.approx(whole.item(), abs=0.15)
+    assert 0 < forth.valid.float().mean() < 1 and (forth.distinct <= forth.valid).all()
+
+
+def test_crops_that_show_different_parts_do_not_meet(cases):
+    policy = RegistrationPairs((8, 8, 8), intensity=NO_INTENSITY)
+    fixed, moving = views_of(cases[-1:] * 2, policy, batch=2)
+    moving.affine[1, :3, 3] = moving.affine[0, :3, 3] + 7.6
+    crops = pair_crops(fixed, moving, drawn_warp(fixed), (fixed.voxels, moving.voxels), (1, 1, 1))
+    assert crops.different(lambda *_: pytest.fail("registered")) == []
+
+
+def test_settings_that_make_no_sense_are_named():
+    with pytest.raises(NnsslError, match="guide"):
+        RegistrationSettings(guide=1.5)
+    with pytest.raises(NnsslError, match="background"):
+        RegistrationSettings(labels=(0, 1))
