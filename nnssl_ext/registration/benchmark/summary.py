@@ -113,7 +113,11 @@ def _compared(first: str, second: str, tables: dict[str, Table]) -> list[dict[st
             continue
         result = compare(columns[0], columns[1], higher)
         rougher = rough[0] > ROUGHER * rough[1]
-        numbers = {name: _finite(value) for name, value in asdict(result).items() if name != "higher_is_better"}
+        numbers = {
+            name: value if np.isfinite(value) else None
+            for name, value in asdict(result).items()
+            if name != "higher_is_better"
+        }
         found.append(
             {
                 "first": first,
@@ -142,5 +146,5 @@ def _learnt(method: Method, comparisons: Sequence[dict[str, Any]]) -> str:
     return f"{method.name}: its control has no figures"
 
 
-def _finite(value: float | int) -> float | int | None:
+def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
