@@ -109,12 +109,13 @@ def _folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Bool[Tensor, "_z _y _x"
 
 
 def match_smoothness(
-    sdlogj_of: Callable[[float], float], target: float, start: float = 1.25, tolerance: float = 0.03, tries: int = 6
+    sdlogj_of: Callable[[float], float], target: float, start: float = 1.25, tolerance: float = 0.03, tries: int = 8
 ) -> float:
     """The regularisation λ at which a registration reaches a wanted SDlogJ.
 
     Secant steps on log λ against log SDlogJ, which is close to a straight line: on hippocampus pairs with MIND, λ from 0.3
-    to 3 gives slopes between -0.53 and -0.58, so two or three registrations are enough.
+    to 3 gives slopes between -0.53 and -0.58, so two or three registrations are enough. Where SDlogJ jumps, a step that would
+    leave the interval known to hold the answer halves it instead.
 
     Args:
         sdlogj_of: registers with this λ (one pair, or the mean over many) and returns the SDlogJ.
@@ -138,4 +139,8 @@ def match_smoothness(
             slope = (seen[-1][1] - seen[-2][1]) / (seen[-1][0] - seen[-2][0])
             slope = min(max(slope, -2.0), -0.2)  # noise must not turn the step round or make it endless
         log_lambda = seen[-1][0] - min(max(seen[-1][1] / slope, -3.0), 3.0)  # at most 20-fold at a time
+        too_rough = max((entry[0] for entry in seen if entry[1] > 0), default=-math.inf)
+        too_smooth = min((entry[0] for entry in seen if entry[1] < 0), default=math.inf)
+        if -math.inf < too_rough < too_smooth < math.inf and not too_rough < log_lambda < too_smooth:
+            log_lambda = (too_rough + too_smooth) / 2
     return math.exp(min(seen, key=lambda entry: abs(entry[1]))[0])
