@@ -55,8 +55,9 @@ def test_kernels_have_one_width_in_mm():
         assert (kernel[20] * (cells * size) ** 2).sum() == pytest.approx(3 * 2 / 3, rel=1e-4)
 
 
-def brute_force(fixed, moving, radius):
-    """One pass: mean costs of the visible cells around, coupled weakly to zero, by plain loops."""
+def brute_force(fixed, moving, radius, fixed_weight, moving_weight):
+    """One pass by plain loops: mean costs around a cell, where what does not count or lies outside costs what that cell's
+    displacements cost on average; coupled weakly to zero."""
     channels, *shape = fixed.shape
     shifts = list(itertools.product(*(range(-reach, reach + 1) for reach in radius)))
     sums, counts = torch.zeros(len(shifts), *shape), torch.zeros(len(shifts), *shape)
@@ -65,19 +66,24 @@ def brute_force(fixed, moving, radius):
             target = tuple(a + b for a, b in zip(cell, shift, strict=True))
             if all(0 <= place < length for place, length in zip(target, shape, strict=True)):
                 difference = (fixed[(slice(None), *cell)] - moving[(slice(None), *target)]).square().sum()
-                sums[(number, *cell)] = 12 / channels * difference
-                counts[(number, *cell)] = 1
-    sums, counts = (box_mean(box_mean(part, False), False) for part in (sums, counts))
-    cost = (sums + convex.EVIDENCE * sums.sum(0) / counts.sum(0)) / (counts + convex.EVIDENCE)
+                counts[(number, *cell)] = fixed_weight[cell] * moving_weight[target]
+                sums[(number, *cell)] = 12 / channels * difference * counts[(number, *cell)]
+    whole = sums + (1 - counts) * sums.sum(0) / counts.sum(0).clamp(min=1e-6)
+    cost = box_mean(box_mean(whole, False), False)
     box = torch.tensor(shifts, dtype=torch.float32)
     best = (cost + 0.001 * box.square().sum(1).view(-1, 1, 1, 1)).argmin(0)
     return box_mean(box[best].movedim(-1, 0), False)
 
 
-def test_one_pass_equals_plain_loops():
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_pass_equals_plain_loops(masked):
     fixed, moving = smooth_features(), smooth_features(seed=1)
-    found = coupled_convex(fixed, moving, (1, 2, 1), couplings=(0.001,))
-    torch.testing.assert_close(found, brute_force(fixed, moving, (1, 2, 1)))
+    fixed_weight, moving_weight = torch.ones(SHAPE), torch.ones(SHAPE)
+    if masked:
+        fixed_weight[:2], moving_weight[:, :, 4:], moving_weight[3] = 0, 0, 0.5
+    weights = {"fixed_weight": fixed_weight, "moving_weight": moving_weight}
+    found = coupled_convex(fixed, moving, (1, 2, 1), couplings=(0.001,), **weights)
+    torch.testing.assert_close(found, brute_force(fixed, moving, (1, 2, 1), **weights))
 
 
 def test_every_coupling_draws_nearer_to_the_neighbours():

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
 
 from nnssl_ext.errors import NnsslError
@@ -213,3 +214,20 @@ def test_the_package_given_the_same_mind(package, shape, grid_sp, disp_hw):
     assert np.abs(theirs).max() > 2
     assert np.quantile(difference, 0.98) < 1e-3
     assert difference.max() < 0.2
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_a_structure_before_a_flat_background_is_found_and_not_pushed_out_of_view(first):
+    """Leaving the image must not be the cheapest way to match a background: most of these pairs once ended there."""
+
+    def image_and_label(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = np.random.default_rng(number)
+        places = np.stack(np.mgrid[:16, :18, :20], axis=-1)
+        ball = ((places - (8, 9, 10) - rng.uniform(-1.5, 1.5, 3)) ** 2).sum(-1) < 16
+        image = gaussian_filter(ball * 1.0, 1) + 0.05 * gaussian_filter(rng.normal(size=ball.shape), 1)
+        return torch.from_numpy((image - image.mean()) / image.std()).float(), torch.from_numpy(ball).float()
+
+    (fixed, here), (moving, there) = image_and_label(first), image_and_label(first + 1)
+    field = register_features(fixed[None], moving[None], (1.0, 1.0, 1.0)).displacement_voxels
+    found = warp(there[None], field)[0] > 0.5
+    assert 2 * (found * here).sum() / (found.sum() + here.sum()) > 0.9

@@ -34,9 +34,6 @@ that decides between equal costs (it lets the first displacement of the box win,
 
 PACKAGE_COUPLINGS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
-EVIDENCE = 0.1
-"""Cells: below about this many visible cells in its neighbourhood, a displacement's cost leans to the mean of all."""
-
 
 def coupled_convex(
     fixed: Features,
@@ -56,7 +53,8 @@ def coupled_convex(
     Args:
         fixed, moving: feature maps on one coarse grid.
         radius: cells to search to either side along z, y, x.
-        fixed_weight, moving_weight: how much each cell counts, 0 to 1; what lies outside of `moving` never counts.
+        fixed_weight, moving_weight: how much each cell counts, 0 to 1; what lies outside of `moving` never counts. What does
+            not count costs what the cell's displacements cost on average: neither a match nor a way out.
         cell_mm: size of a cell; smoothing and coupling are isotropic in mm.
         couplings: one pass for each.
         temperature: None lets every cell take its best displacement (no gradient). A number takes the mean over all, weighted
@@ -168,8 +166,12 @@ def _cost_slab(
         fixed_weight = weights[0][None, first:last]
         moving_weight = _rows(weights[1][None], first - radius[0], last + radius[0], radius)
     across = (2 * radius[1] + 1) * (2 * radius[2] + 1)
-    cost = fixed.new_empty((2 * radius[0] + 1) * across, upper - lower, *fixed.shape[2:])
-    evidence = None if weights is None else torch.empty_like(cost)
+    cost = fixed.new_empty((2 * radius[0] + 1) * across, *fixed.shape[1:])
+
+    def seen(shift: int) -> Tensor:
+        return fixed_weight[0] * _shifts(moving_weight[:, shift : shift + fixed.shape[1]], radius)[0]
+
+    visible: Tensor | float = 0.0
     for shift in range(2 * radius[0] + 1):
         part = moving[:, shift : shift + fixed.shape[1]]
         if torch.is_grad_enabled() and (fixed.requires_grad or moving.requires_grad):
@@ -177,15 +179,19 @@ def _cost_slab(
         else:
             difference = _differences(fixed, part, radius)
         here = slice(shift * across, (shift + 1) * across)
-        if evidence is not None:
-            seen = fixed_weight[0] * _shifts(moving_weight[:, shift : shift + fixed.shape[1]], radius)[0]
-            evidence[here] = apply_kernels(seen, twice)
-            difference = difference * seen
-        cost[here] = apply_kernels(difference, twice)
-    if evidence is not None:
-        typical = cost.sum(0) / evidence.sum(0).clamp(min=1e-6)
-        cost.add_(EVIDENCE * typical).div_(evidence.add_(EVIDENCE))
-    return cost.flatten(1)
+        if weights is None:
+            cost[here] = difference
+        else:
+            visible = visible + seen(shift).sum(0)
+            cost[here] = difference * seen(shift)
+    typical = None if weights is None else cost.sum(0) / torch.as_tensor(visible).clamp(min=1e-6)
+    smoothed = fixed.new_empty(len(cost), upper - lower, *fixed.shape[2:])
+    for shift in range(2 * radius[0] + 1):
+        here = slice(shift * across, (shift + 1) * across)
+        # Were what does not count left out instead, displacements that show nothing would be the cheapest of all.
+        whole = cost[here] if typical is None else torch.addcmul(cost[here], 1 - seen(shift), typical)
+        smoothed[here] = apply_kernels(whole, twice)
+    return smoothed.flatten(1)
 
 
 def _rows(volume: Features, first: int, last: int, radius: Size) -> Float[Tensor, "C _z _y _x"]:
