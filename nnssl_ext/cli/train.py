@@ -51,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--precision", choices=("bf16", "32"), help="default: bf16 on cuda, else 32")
     p.add_argument("--workers", type=int, help="reading processes per training process (default: by CPU count)")
     p.add_argument("--compile", action="store_true", help="run the step through torch.compile")
-    p.add_argument("--picture_epochs", type=int, default=10, help="draw pictures every so many epochs (default: 10)")
+    p.add_argument(
+        "--picture_epochs",
+        type=int,
+        default=10,
+        help="draw pictures every so many epochs; 0 = only at the end (default: 10)",
+    )
     p.add_argument(
         "--probe_epochs",
         type=int,
@@ -122,7 +127,7 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
         method=args.tr,
         settings=settings,
         run=RunSettings(
-            batch_size=args.batch_size or plan.batch_size,
+            batch_size=plan.batch_size if args.batch_size is None else args.batch_size,
             seed=args.seed,
             device=device,
             processes=args.num_gpus,

@@ -58,6 +58,11 @@ class Job:
     cases: tuple[Case, ...]
     output: Path
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "iterations"):
+            if getattr(self.settings, name) < 1:
+                raise NnsslError(f"--{name} {getattr(self.settings, name)}", "give at least 1")
+
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run."""

@@ -193,7 +193,7 @@ def close_epoch(
         if watch.probe is not None:
             row.update(watch.probe.figures(epoch, parts.method))
         news = log.add(row)
-        if epoch % job.run.picture_epochs == 0:
+        if job.run.picture_epochs and epoch % job.run.picture_epochs == 0:
             draw_pictures(job, parts.method, parts.fabric.device, job.output / f"reconstruction_{epoch:04d}.png")
             write_run_report(job.output, log.findings)
     # After the log: a run killed in between repeats the epoch, and its row is replaced; a row that is missing stays so.

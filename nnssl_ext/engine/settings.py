@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nnssl_ext.errors import NnsslError
+
 
 @dataclass(frozen=True)
 class OptimSettings:
@@ -55,7 +57,7 @@ class RunSettings:
         workers: reading processes per training process; 0 reads in the training process.
         compile: run the step through ``torch.compile``.
         max_skipped: non-finite steps tolerated between two checkpoints before the run rolls back.
-        picture_epochs: draw pictures and write the report every so many epochs (and at the end).
+        picture_epochs: draw pictures and write the report every so many epochs (and at the end); 0 = only at the end.
         probe_epochs: probe frozen features on labelled cases every so many epochs (and at the end); 0 = never.
         registration_pairs: labelled pairs that are registered by frozen features whenever the probe is asked; 0 = none.
         registration_cases: neighbours among these cases are the pairs; empty: among those that are learned from.
@@ -77,3 +79,10 @@ class RunSettings:
     registration_cases: tuple[str, ...] = ()
     pretrained_weights: str | None = None
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        counts = ("workers", "max_skipped", "picture_epochs", "probe_epochs", "registration_pairs")
+        for least, names in ((1, ("batch_size", "processes")), (0, counts)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise NnsslError(f"--{name} {getattr(self, name)}", f"give at least {least}")
