@@ -22,6 +22,10 @@ from nnssl_ext.registration.warp import warp
 NEIGHBOURS = 1.5
 """Cells of a map within which places are no negatives of each other: their features come from the same voxels."""
 
+LAYER_COUPLINGS = (0.003, 0.03, 0.3)
+"""CoRe's passes (arXiv:2603.23694). At its temperature a coupling of 1, the solver's last, would leave no gradient: a cell
+would follow its neighbours by e^20 to 1 whatever its own costs."""
+
 Map = Float[Tensor, "_C z y x"]
 Triple = tuple[float, float, float]
 
@@ -99,7 +103,13 @@ def layer_displacement(
     z, y, x = (min(settings.search, length - 1) for length in fixed.shape[1:])
     cell_mm = [factor * size for factor, size in zip(pooling, pair.spacing, strict=True)]
     found = coupled_convex(
-        fixed, moving, (z, y, x), fixed_weight=weight, cell_mm=cell_mm, temperature=settings.temperature
+        fixed,
+        moving,
+        (z, y, x),
+        fixed_weight=weight,
+        cell_mm=cell_mm,
+        couplings=LAYER_COUPLINGS,
+        temperature=settings.temperature,
     )
     reach = true.new_tensor((z, y, x)).view(3, 1, 1, 1)
     return found, true, weight * (true.abs() <= reach).all(dim=0), pooling
