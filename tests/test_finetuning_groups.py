@@ -1,11 +1,15 @@
 """Halves, layer-wise decay and weight decay of real networks."""
 
+from typing import cast
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
 from torch import nn
 
+from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.layers import layer_decay_rules
 from nnssl_ext.networks.primus import SegmentationPrimus
 from nnssl_ext.networks.primus_backbone import PrimusBackbone
 from nnssl_ext.networks.resenc_backbone import ResEncBackbone
@@ -69,6 +73,15 @@ def test_layer_decay_by_hand() -> None:
         "decoder.seg_layers.1.weight": 1.0,
     }
     assert {name: found[name]["layer_scale"] for name in expected} == expected
+
+
+def test_layers_are_those_of_pretraining() -> None:
+    network = primus()
+    found = by_name(network, parameter_groups(network, FinetuneSettings(layer_decay=0.5)))
+    rules = layer_decay_rules(cast(Backbone, PrimusBackbone(network)), "", decay=0.5, stem_scale=1.0)
+    for name, group in found.items():
+        scales = [rule.lr_scale for rule in rules if f"network.{name}".startswith(rule.prefix)]
+        assert [group["layer_scale"]] == (scales or [1.0]), name
 
 
 def test_only_kernels_and_matrices_are_decayed() -> None:

@@ -6,20 +6,32 @@ A layer is a block of a transformer or a stage of a convolutional encoder.
 from __future__ import annotations
 
 import re
-from typing import cast
 
 from torch import nn
 
-from nnssl_ext.contracts import Backbone, OptimRule
+from nnssl_ext.contracts import Backbone, OptimRule, TokenBackbone
 from nnssl_ext.errors import NnsslError
 
-_LAYER = re.compile(r"network\.(eva\.blocks|encoder\.stages)\.(\d+)\.")
-_TOKENS = ("mask_token", "network.class_token", "network.register_tokens", "network.eva.pos_embed")
+_LAYER = re.compile(r"(eva\.blocks|encoder\.stages)\.(\d+)\.")
+_TOKENS = ("class_token", "register_tokens", "eva.pos_embed")
+
+
+def layer_numbers(network: nn.Module) -> dict[str, int]:
+    """Prefixes of a network's parameter names, each with its place as BEiT counts: stem, tokens and positions 0, layer i is
+    i + 1. What no prefix covers (final norms, decoder, heads) comes after the last layer. Empty for an encoder without
+    layers that this module knows."""
+    names = [name for name, _ in network.named_parameters()]
+    layers = {match[0]: int(match[2]) + 1 for match in map(_LAYER.match, names) if match}
+    if not layers:
+        return {}
+    first = (f"{network.key_to_stem}.", *(name for name in _TOKENS if name in names))
+    return {**dict.fromkeys(first, 0), **{part: number for part, number in layers.items() if part not in first}}
 
 
 def layer_decay_rules(backbone: Backbone, prefix: str, decay: float, stem_scale: float) -> tuple[OptimRule, ...]:
-    """Rules that multiply the learning rate by ``decay ** (L + 1 - id)``: id 0 for the stem, tokens and positions, i + 1 for
-    layer i of L. The stem, whose gradients are the noisiest, is multiplied by `stem_scale` besides. Final norms stay.
+    """Rules that multiply the learning rate by ``decay ** (L + 1 - id)``, id being the place among L layers that
+    `layer_numbers` gives; the mask token's is 0. The stem, whose gradients are the noisiest, is multiplied by `stem_scale`
+    besides. Final norms stay.
 
     Args:
         prefix: what the names of the backbone's parameters begin with in the method, e.g. ``backbone.``.
@@ -31,19 +43,17 @@ def layer_decay_rules(backbone: Backbone, prefix: str, decay: float, stem_scale:
     """
     if decay == stem_scale == 1:
         return ()
-    names = [name for name, _ in cast(nn.Module, backbone).named_parameters()]
-    layers = {match[0]: int(match[2]) for match in map(_LAYER.match, names) if match}
-    if not layers:
+    numbers = {f"network.{part}": number for part, number in layer_numbers(backbone.network).items()}
+    if not numbers:
         raise NnsslError(
             f"{type(backbone.network).__name__} has no numbered layers to decay learning rates over",
             "set --layer_decay 1 --stem_scale 1",
         )
-    stem = f"network.{backbone.network.key_to_stem}."
-    last = 1 + max(layers.values())
-    first = {stem: 0, **{name: 0 for name in _TOKENS if name in names}}
-    scales = {part: decay ** (last + 1 - number) for part, number in first.items()}
-    scales |= {part: decay ** (last - layer) for part, layer in layers.items() if part != stem}
-    scales[stem] *= stem_scale
+    last = max(numbers.values())
+    if isinstance(backbone, TokenBackbone):
+        numbers["mask_token"] = 0
+    scales = {part: decay ** (last + 1 - number) for part, number in numbers.items()}
+    scales[f"network.{backbone.network.key_to_stem}."] *= stem_scale
     return tuple(OptimRule(prefix + part, lr_scale=scale) for part, scale in scales.items() if scale != 1)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.layers import layer_numbers
 from nnssl_ext.trainers.finetuning.schedules import rates
 from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
 
@@ -25,17 +25,6 @@ def half_of(name: str) -> Half:
     return "encoder" if name.startswith(_ENCODER) else "decoder"
 
 
-def layer_of(name: str, depth: int) -> int:
-    """Depth of a Primus parameter, as BEiT counts: embedding, tokens and positions 0, block i is i + 1, the rest
-    (final norm, decoder, head) ``depth + 1``."""
-    block = re.match(r"eva\.blocks\.(\d+)\.", name)
-    if block:
-        return int(block[1]) + 1
-    if half_of(name) == "encoder" and not name.startswith("eva.norm."):
-        return 0
-    return depth + 1
-
-
 def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dict[str, Any]]:
     """Optimiser groups, each with its ``half``, ``layer_scale`` (from ``layer_decay``) and ``weight_decay``.
 
@@ -43,7 +32,8 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
         NnsslError: layer-wise decay for a network without Primus blocks.
     """
     named = dict(network.named_parameters())
-    depth = 1 + max((int(m[1]) for m in (re.match(r"eva\.blocks\.(\d+)\.", n) for n in named) if m), default=-1)
+    numbers = layer_numbers(network) if hasattr(network, "eva") else {}
+    depth = max(numbers.values(), default=0)
     if settings.layer_decay != 1 and depth == 0:
         raise NnsslError(
             f"layer_decay {settings.layer_decay} needs the blocks of a Primus, not {type(network).__name__}",
@@ -51,7 +41,8 @@ def parameter_groups(network: nn.Module, settings: FinetuneSettings) -> list[dic
         )
     groups: dict[tuple[Half, int, bool], dict[str, Any]] = {}
     for name, parameter in named.items():
-        half, layer = half_of(name), layer_of(name, depth)
+        half = half_of(name)
+        layer = next((number for part, number in numbers.items() if name.startswith(part)), depth + 1)
         decayed = parameter.ndim > 1 and not any(part in name for part in _NOT_DECAYED)
         group = groups.setdefault(
             (half, layer, decayed),
