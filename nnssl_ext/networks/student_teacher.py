@@ -18,6 +18,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.dino_head import DINOHead, HeadSettings
 from nnssl_ext.networks.layers import layer_decay_rules, set_stochastic_depth
 from nnssl_ext.networks.teacher import EMATeacher, weight_distance
+from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.centring import Centring, TeacherTargets
 from nnssl_ext.objectives.dino import teacher_figures
 from nnssl_ext.objectives.ibot import hidden_tokens
@@ -25,7 +26,6 @@ from nnssl_ext.records import Features, Size, View
 
 DENSE_STRIDE = 8
 """Voxels per place of the feature map that a convolutional backbone predicts hidden places on, at most: Primus's token."""
-WATCHED_CROPS, WATCHED_PLACES = 4, 256
 
 
 @dataclass(frozen=True)
@@ -216,11 +216,10 @@ class StudentTeacher(nn.Module):
         self, passes: Passes, crops: Float[Tensor, "G B K"], tokens: Float[Tensor, "N P"] | None
     ) -> dict[str, Tensor]:
         """What monitors look at: see `nnssl_ext.records.Step`."""
-        places = passes.teacher_map[:WATCHED_CROPS].flatten(2).mT
         watched = {
             "features": passes.teacher_summaries.flatten(0, 1),
             "prototypes": crops.mean(dim=(0, 1)),
-            "tokens": places[:, :: math.ceil(places.shape[1] / WATCHED_PLACES)],
+            "tokens": watched_places(passes.teacher_map),
         }
         if tokens is not None and len(tokens):
             watched["patch_prototypes"] = tokens.mean(dim=0)

@@ -11,7 +11,6 @@ Weak supervision, where asked for: labels join what cases are registered by, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.records import Features, Size, Step, View
 from nnssl_ext.registration.learning import (
     LayerSettings,
@@ -42,9 +42,6 @@ from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
 from nnssl_ext.views.recipes import REGISTRATION_INTENSITY, REGISTRATION_SPATIAL
 from nnssl_ext.views.registration_pairs import RegistrationPairs, drawn_warp
 from nnssl_ext.views.warps import WarpSettings
-
-WATCHED_CROPS, WATCHED_PLACES = 4, 256
-"""Of how many crops, and of how many of their places, features are handed to monitors: enough to see a spatial collapse."""
 
 Losses = dict[str, Float[Tensor, ""]]
 
@@ -234,11 +231,7 @@ class RegistrationTrainer(nn.Module):
             means |= {name: known.detach(), f"cross_{name}": found.detach()}
             parts[name] = weights[name] * (known + settings.cross * found)
         loss = torch.stack(list(parts.values())).sum()
-        places = features.levels[-1][:WATCHED_CROPS].flatten(2).mT
-        watch = {
-            "features": features.summary.detach(),
-            "tokens": places[:, :: math.ceil(places.shape[1] / WATCHED_PLACES)].detach(),
-        }
+        watch = {"features": features.summary.detach(), "tokens": watched_places(features.levels[-1])}
         return Step(loss, means, watch, parts)
 
 

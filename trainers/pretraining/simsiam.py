@@ -24,15 +24,13 @@ from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.matching import matched_cells
 from nnssl_ext.networks.simsiam_heads import predictor, projector
+from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.simsiam import dense_simsiam_loss, simsiam_loss
 from nnssl_ext.records import Features, Size, Step, View
 from nnssl_ext.reports.feature_pca import pca_rgb
 from nnssl_ext.views.iou_pairs import IoUPairs
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
 from nnssl_ext.views.recipes import SIMSIAM_INTENSITY, SIMSIAM_SPATIAL
-
-WATCHED_CROPS, WATCHED_PLACES = 4, 256
-"""Of how many crops, and of how many of their places, features are handed to monitors: enough to see a spatial collapse."""
 
 
 @dataclass(frozen=True)
@@ -195,12 +193,11 @@ class SimSiamTrainer(nn.Module):
         return dense_simsiam_loss(p1, z1, p2, z2, at2, valid1, at1, valid2)
 
     def _watch(self, features: Features, z: Float[Tensor, "N D"], p: Float[Tensor, "N D"]) -> dict[str, Tensor]:
-        places = features.levels[-1][:WATCHED_CROPS].flatten(2).mT
         return {
             "features": features.summary.detach(),
             "projector": z.detach(),
             "predictor": p.detach(),
-            "tokens": places[:, :: math.ceil(places.shape[1] / WATCHED_PLACES)].detach(),
+            "tokens": watched_places(features.levels[-1]),
         }
 
 
