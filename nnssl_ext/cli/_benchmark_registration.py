@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.cli._console import console
+from nnssl_ext.cli._device import device_name
 from nnssl_ext.cli._run import USER_ERROR
+from nnssl_ext.cli._settings import settings_from_flags
 from nnssl_ext.errors import NnsslError
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
     target = SDLOGJ if args.sdlogj is None else args.sdlogj
     if target <= 0:
         raise NnsslError(f"--sdlogj {target}", "give a standard deviation above 0, such as 0.24")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_name(args.device))
     for method in methods:
         load(method, base, method.seeds[0], device)  # what is missing is named now, not in an hour
     plan = Benchmark(
@@ -178,11 +180,9 @@ def _split(args: argparse.Namespace) -> Split:
 
 
 def _settings(flags: Sequence[str]) -> PairSettings:
-    import tyro
-
     from nnssl_ext.registration.pipeline import PairSettings
 
-    return tyro.cli(PairSettings, args=list(flags), use_underscores=True, prog=PROGRAM)
+    return settings_from_flags(PairSettings(), flags, PROGRAM)
 
 
 def _variants(method: Method, base: PairSettings, flags: Sequence[str], vary: Sequence[str]) -> dict[str, PairSettings]:

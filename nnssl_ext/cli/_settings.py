@@ -1,16 +1,18 @@
-"""Settings of a method as flags."""
+"""Settings as flags."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeVar
+
+Settings = TypeVar("Settings")
 
 
-def method_settings(default: Any, flags: Sequence[str], command: str) -> Any:
+def settings_from_flags(default: Settings, flags: Sequence[str], command: str) -> Settings:
     """The settings with what the flags change; unknown flags end the program with tyro's message.
 
     Args:
-        default: an instance of a method's settings.
+        default: an instance of a settings dataclass.
         flags: e.g. ``["--mask_ratio", "0.6", "--optim.lr", "1e-4"]``, or ``["-h"]``.
         command: what to call the program in messages.
     """

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.cli._console import console
 from nnssl_ext.cli._run import run
+from nnssl_ext.cli._settings import settings_from_flags
 from nnssl_ext.files import read_json
 
 if TYPE_CHECKING:
@@ -87,12 +88,10 @@ def _main() -> int:
 
 def _settings(plans: dict[str, Any], configuration: str, flags: list[str]) -> dict[str, Any]:
     """The plans with their fine-tuning block: defaults of the backbone, what the plans say already, then the flags."""
-    import tyro
-
     from nnssl_ext.trainers.finetuning.settings import BLOCK, FinetuneSettings, read_settings
 
     default = read_settings(plans, configuration) if plans else FinetuneSettings()
-    chosen = tyro.cli(FinetuneSettings, default=default, args=flags, use_underscores=True, prog="nnssl_adapt")
+    chosen = settings_from_flags(default, flags, "nnssl_adapt")
     block = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(chosen).items()}
     plans = {**plans, BLOCK: block}
     read_settings(plans, configuration)  # refuses values out of range

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.cli import _benchmark_registration
+from nnssl_ext.cli._device import device_name
 from nnssl_ext.cli._run import run
-from nnssl_ext.cli._settings import method_settings
+from nnssl_ext.cli._settings import settings_from_flags
 from nnssl_ext.errors import NnsslError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _throughput(args: argparse.Namespace, rest: list[str], folder: Path) -> dict
     if args.threads:
         torch.set_num_threads(args.threads)
     job = _job(args, folder)
-    job = replace(job, settings=method_settings(job.settings, rest, f"nnssl_benchmark throughput -tr {args.tr}"))
+    job = replace(job, settings=settings_from_flags(job.settings, rest, f"nnssl_benchmark throughput -tr {args.tr}"))
     device = torch.device(job.run.device)
     result: dict[str, Any] = {
         "machine": machine(device),
@@ -106,14 +107,12 @@ def _throughput(args: argparse.Namespace, rest: list[str], folder: Path) -> dict
 
 
 def _job(args: argparse.Namespace, folder: Path) -> Job:
-    import torch
-
     from nnssl_ext.catalogue import load_method
     from nnssl_ext.data.cases import list_cases
     from nnssl_ext.engine.job import Job, data_folder, plan_of
     from nnssl_ext.engine.settings import RunSettings
 
-    device: Any = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_name(args.device)
     precision: Any = args.precision or ("bf16" if device == "cuda" else "32")
     if args.synthetic:
         from nnssl_ext.reports.synthetic import synthetic_job

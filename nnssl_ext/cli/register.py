@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.cli._console import console
+from nnssl_ext.cli._device import device_name
 from nnssl_ext.cli._run import USER_ERROR, run
+from nnssl_ext.cli._settings import settings_from_flags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +77,7 @@ def _main() -> int:
     from nnssl_ext.registration.features import load_features
 
     pairs = {} if single else read_pairs(args.pairs)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device_name(args.device))
     sources = load_features(args.c, device, settings.features, args.seed)
     out = console()
     for source in sources:
@@ -99,11 +101,9 @@ def _main() -> int:
 
 
 def _settings(flags: list[str]) -> PairSettings:
-    import tyro
-
     from nnssl_ext.registration.pipeline import PairSettings
 
-    return tyro.cli(PairSettings, args=flags, use_underscores=True, prog="nnssl_register")
+    return settings_from_flags(PairSettings(), flags, "nnssl_register")
 
 
 def _register(

@@ -6,18 +6,17 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from nnssl_ext.catalogue import load_method, pretraining_methods
+from nnssl_ext.cli._device import device_name
 from nnssl_ext.cli._run import run
-from nnssl_ext.cli._settings import method_settings
+from nnssl_ext.cli._settings import settings_from_flags
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 
 if TYPE_CHECKING:
     from nnssl_ext.engine.job import Job
-
-Device = Literal["cuda", "cpu", "mps"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,7 +98,7 @@ def _main() -> int:
         base.print_help()
         if "-tr" in sys.argv:
             print(f"\nsettings of {args.tr}:\n")
-            method_settings(load_method(args.tr).settings_type(), ["-h"], f"nnssl_train -tr {args.tr}")
+            settings_from_flags(load_method(args.tr).settings_type(), ["-h"], f"nnssl_train -tr {args.tr}")
         return 0
     if not args.dataset or not args.configuration:
         base.error("DATASET and CONFIGURATION are required, e.g. nnssl_train 4 3d_fullres -p nnsslPrimusTinyPlans")
@@ -120,8 +119,8 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
     method = load_method(args.tr)
     dataset = dataset_name(args.dataset)
     plans, plan = plan_of(dataset, args.p, args.configuration)
-    settings = method_settings(method.settings_type.for_plan(plan), rest, f"nnssl_train -tr {args.tr}")
-    device: Device = args.device or _default_device()
+    settings = settings_from_flags(method.settings_type.for_plan(plan), rest, f"nnssl_train -tr {args.tr}")
+    device = device_name(args.device)
     only = _case_names(args.cases) if args.cases else None
     return Job(
         method=args.tr,
@@ -163,12 +162,6 @@ def _case_names(path: Path) -> list[str]:
         raise NnsslError(
             f"cannot read the case list {path}: {error}", "give a JSON list or a text file with one case a line"
         ) from error
-
-
-def _default_device() -> Device:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _default_workers(processes: int) -> int:
