@@ -234,7 +234,10 @@ class PretrainingPlanner(ExperimentPlanner):
         }
 
     def supervised_batch(self, fits_batch: int, patch: Size, voxels: float) -> int:
-        """nnU-Net's batch size: what fits, at most 5 % of the data set's voxels and `most_supervised`, at least 2."""
+        """The batch size asked for, or nnU-Net's: what fits, at most 5 % of the data set's voxels and `most_supervised`, at
+        least 2."""
+        if self.overrides.batch_size:
+            return self.overrides.batch_size
         share = round(voxels * 0.05 / float(np.prod(patch)))
         return max(min(fits_batch, share, self.most_supervised), self.UNet_min_batch_size)
 

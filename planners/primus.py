@@ -65,9 +65,7 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
         configuration = self.own_configuration(
             millimetres, median, data_identifier, self.architecture(token, patch), patch
         )
-        configuration["batch_size"] = self.overrides.batch_size or self.supervised_batch(
-            batch, patch, approximate_n_voxels_dataset
-        )
+        configuration["batch_size"] = self.supervised_batch(batch, patch, approximate_n_voxels_dataset)
         why = "asked for" if self.overrides.patch_size else self._patch_reason(patch, median, target)
         reasons = {"token_size": token_reason, "global_crop": why}
         configuration["nnssl"] = self.nnssl_block(configuration, token, token, reasons)

@@ -65,7 +65,7 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
         patch = cast(Size, tuple(int(edge) for edge in configuration["patch_size"]))
         if any(edge % d for edge, d in zip(patch, divisor, strict=True)):
             raise NnsslError(f"patch {list(patch)} is no multiple of {list(divisor)}", "choose another --patch_size")
-        configuration["batch_size"] = self.overrides.batch_size or self.supervised_batch(
+        configuration["batch_size"] = self.supervised_batch(
             int(configuration["batch_size"]), patch, approximate_n_voxels_dataset
         )
         configuration["nnssl"] = self.nnssl_block(configuration, divisor, None, {"global_crop": reason})

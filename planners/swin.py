@@ -58,9 +58,7 @@ class nnsslPlannerSwinUNETR(PretrainingPlanner, ExperimentPlanner):
         self._check(patch)
         configuration = self.own_configuration(millimetres, median, data_identifier, architecture, patch)
         batch = largest_batch(lambda size: fits(patch, size), MOST_CASES)
-        configuration["batch_size"] = self.overrides.batch_size or self.supervised_batch(
-            batch, patch, approximate_n_voxels_dataset
-        )
+        configuration["batch_size"] = self.supervised_batch(batch, patch, approximate_n_voxels_dataset)
         why = f"isotropic in mm, as large as the median case or {target:g} GB allow, in multiples of 32 voxels"
         reasons = {"global_crop": "asked for" if self.overrides.patch_size else why}
         configuration["nnssl"] = self.nnssl_block(configuration, DIVISOR, None, reasons)
