@@ -9,7 +9,7 @@ from itertools import accumulate
 Row = Mapping[str, float | int]
 
 WINDOW = 10
-"""Rows over which a figure counts as moving or flat."""
+"""Rows over which a figure counts as moving or flat; our choice."""
 
 
 def with_trends(rows: Sequence[Row]) -> list[dict[str, float]]:
