@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from nnssl_ext.errors import NnsslError, unknown_name
@@ -12,6 +13,12 @@ VARIABLES = {
     "nnUNet_preprocessed": "plans and preprocessed cases",
     "nnUNet_results": "fine-tuned models",
     "nnssl_results": "pretraining runs",
+}
+
+_CREATE = {
+    "nnUNet_raw": "to create it: nnssl_convert -h",
+    "nnUNet_preprocessed": "to create it from raw data: nnUNetv2_plan_and_preprocess -d {} -pl PLANNER -c 3d_fullres   "
+    "(nnssl_plan -h lists our planners)",
 }
 
 
@@ -47,5 +54,12 @@ def dataset_name(dataset: str | int, root: str = "nnUNet_preprocessed") -> str:
             f"dataset id {dataset} is used twice in {base}: {', '.join(found)}", "rename or remove one of them"
         )
     if not found:
-        raise unknown_name(f"dataset (in {base})", str(dataset), names)
+        error = unknown_name(f"dataset (in {base})", str(dataset), names)
+        raise NnsslError(error.what, f"{error.fix}; {_CREATE[root].format(dataset_id(dataset))}")
     return found[0]
+
+
+def dataset_id(dataset: str | int) -> str:
+    """What ``-d`` of stock commands takes, which is no name: the id in `DatasetXXX_Name`; anything else as it is."""
+    found = re.match(r"Dataset(\d+)_", str(dataset))
+    return str(int(found[1])) if found else str(dataset)

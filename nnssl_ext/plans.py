@@ -11,13 +11,14 @@ Plans without the block (stock nnU-Net's) work too: crops and batch size then co
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from nnssl_ext.contracts import PretrainPlan
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json
-from nnssl_ext.paths import dataset_name, folder
+from nnssl_ext.paths import dataset_id, dataset_name, folder
 
 
 def preprocessed_folder(dataset: str | int) -> Path:
@@ -36,9 +37,13 @@ def read_plans(dataset: str | int, plans_name: str) -> dict[str, Any]:
     if not path.is_file():
         known = [p.stem for p in base.glob("*.json") if "Plans" in p.stem]
         error = unknown_name(f"plans (in {base})", plans_name, known)
-        planner = plans_name.removesuffix("Plans").replace("nnssl", "nnsslPlanner", 1)
+        preset = re.fullmatch(r"nnssl(\w+)Plans", plans_name)
+        if preset is None:  # the name of no planner's plans
+            raise error
         raise NnsslError(
-            error.what, f"{error.fix}; to create them: nnUNetv2_plan_and_preprocess -d {dataset} -pl {planner}"
+            error.what,
+            f"{error.fix}; to create them: nnUNetv2_plan_and_preprocess -d {dataset_id(dataset)} -pl nnsslPlanner{preset[1]} "
+            "-c 3d_fullres",
         )
     return dict(read_json(path))
 

@@ -10,6 +10,7 @@ from nnssl_ext.catalogue import load_method, pretraining_methods
 from nnssl_ext.cli._run import run
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.nnunet_plugin.registry import registry
+from nnssl_ext.paths import dataset_id, dataset_name
 
 if TYPE_CHECKING:
     from nnssl_ext.planners.base import PretrainingPlanner
@@ -65,7 +66,7 @@ def _main() -> int:
         png = _draw(plans, args.tr, args.png or Path(f"{plans['plans_name']}_crops.png"))
         print(f"  crops of one batch, masks outlined: {png}")
     except NnsslError as error:
-        print(f"  no picture of crops: {error.what}\n    -> {_preprocess(args)}")
+        print(f"  no picture of crops: {error.what}\n    -> {_preprocess(args, plans['plans_name'])}")
     return 0
 
 
@@ -79,6 +80,7 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
     planners = _planners()
     if args.pl not in planners:
         raise unknown_name("planner", args.pl, planners)
+    dataset = dataset_name(args.dataset, "nnUNet_raw")
     module, name = planners[args.pl].split(":")
     cls = getattr(importlib.import_module(module), name)
 
@@ -86,7 +88,7 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
     from nnssl_ext.planners.memory import Views
 
     planner: PretrainingPlanner = cls(
-        args.dataset,
+        dataset,
         args.gpu_memory_target,
         plans_name=args.overwrite_plans_name,
         overwrite_target_spacing=args.overwrite_target_spacing,
@@ -115,10 +117,14 @@ def _hours(plans: dict[str, Any], classes: int, views: Views, method: str) -> st
     macs += views.local_views * cost_of(plans, CONFIGURATION, classes, "local_crop").macs
     seconds = steps * plan.batch_size * 6 * macs / speed  # two FLOP per MAC; backward costs twice the forward pass
     return (
-        f"  {'hours':<12} {seconds / 3600:.2g} h for {method}'s {settings.epochs} epochs of {settings.iterations} steps on "
+        f"  {'hours':<12} {_rounded(seconds / 3600)} h for {method}'s {settings.epochs} epochs of {settings.iterations} steps on "
         f"this machine ({device}, {speed / 1e9:.3g} GFLOP/s)\n  {'':<12}   an estimate for one device with all voxels "
         f"encoded; masked autoencoders that skip hidden tokens take less"
     )
+
+
+def _rounded(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1g}"
 
 
 def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
@@ -161,5 +167,10 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
     return png
 
 
-def _preprocess(args: argparse.Namespace) -> str:
-    return f"run: nnUNetv2_plan_and_preprocess -d {args.dataset} -pl {args.pl} -c {CONFIGURATION}"
+def _preprocess(args: argparse.Namespace, plans_name: str) -> str:
+    """What leads to preprocessed cases of these plans: the stock planning command knows none of our sizes."""
+    number = dataset_id(args.dataset)
+    if args.write or args.overwrite_plans_name:
+        first = "" if args.write else "repeat this command with --write, then "
+        return f"{first}run: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION}"
+    return f"run: nnUNetv2_plan_and_preprocess -d {number} -pl {args.pl} -c {CONFIGURATION}"

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.catalogue import load_method, pretraining_methods
 from nnssl_ext.cli._device import device_name
@@ -97,8 +97,9 @@ def _main() -> int:
     if args.help:
         base.print_help()
         if "-tr" in sys.argv:
-            print(f"\nsettings of {args.tr}:\n")
-            settings_from_flags(load_method(args.tr).settings_type(), ["-h"], f"nnssl_train -tr {args.tr}")
+            default, meant = _default_settings(args)
+            print(f"\nsettings of {args.tr}, with the defaults {meant}:\n")
+            settings_from_flags(default, ["-h"], f"nnssl_train -tr {args.tr}")
         return 0
     if not args.dataset or not args.configuration:
         base.error("DATASET and CONFIGURATION are required, e.g. nnssl_train 4 3d_fullres -p nnsslPrimusTinyPlans")
@@ -108,6 +109,17 @@ def _main() -> int:
 
     pretrain(job, resume=args.c)
     return 0
+
+
+def _default_settings(args: argparse.Namespace) -> tuple[Any, str]:
+    """A method's settings before any flag, and what they are meant for: they follow the plans where a job is named."""
+    settings = load_method(args.tr).settings_type
+    if not args.dataset or not args.configuration:
+        return settings(), "of the full presets; those of your plans: name DATASET, CONFIGURATION and -p too"
+    from nnssl_ext.engine.job import plan_of
+
+    _, plan = plan_of(args.dataset, args.p, args.configuration)
+    return settings.for_plan(plan), f"of {args.p}"
 
 
 def _job(args: argparse.Namespace, rest: list[str]) -> Job:
