@@ -45,7 +45,7 @@ def test_row_2_training_mode_never_reaches_the_teacher(kind, backbone):
 def test_rows_4_and_24_one_pass_over_masked_globals_one_over_locals_one_of_the_teacher(
     kind, backbone, monkeypatch, tmp_path
 ):
-    method = method_of(kind, backbone)
+    method = method_of(kind, backbone, crops=replace(method_of(kind).settings.crops, local_views=8))
     student = record_calls(monkeypatch, method.backbone, "forward_features")
     teacher = record_calls(monkeypatch, method.teacher_backbone, "forward_features")
     head = record_calls(monkeypatch, method.head, "forward")

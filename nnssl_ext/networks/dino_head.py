@@ -26,7 +26,11 @@ class HeadSettings:
 
 
 class DINOHead(nn.Module):
-    """Three linear layers with GELU between, l2 normalisation, and one cosine per prototype, times a trainable gain.
+    """Layer normalisation, three linear layers with GELU between, l2 normalisation, and one cosine per prototype, times a
+    trainable gain.
+
+    DINO's features come out of a layer normalisation; pooled ones do not, and are so short that the layers' biases would drown
+    them within a few steps of Adam, after which all crops look the same. Hence the one at the entry.
 
     Args:
         channels: of the backbone's features.
@@ -34,6 +38,7 @@ class DINOHead(nn.Module):
 
     def __init__(self, channels: int, settings: HeadSettings) -> None:
         super().__init__()
+        self.norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
             nn.Linear(channels, settings.hidden),
             nn.GELU(),
@@ -52,4 +57,4 @@ class DINOHead(nn.Module):
     def forward(self, features: Float[Tensor, "*shape C"]) -> Float[Tensor, "*shape K"]:
         """Logits, about cosines at the start."""
         # 1e-6, not torch's 1e-12, which is 0 in float16: a zero vector would become NaN
-        return self.last_layer(F.normalize(self.mlp(features), dim=-1, eps=1e-6))
+        return self.last_layer(F.normalize(self.mlp(self.norm(features)), dim=-1, eps=1e-6))

@@ -35,6 +35,9 @@ SIMSIAM_INTENSITY = replace(
 DINO_SPATIAL = SpatialSettings(flip=(0.3, 0.3, 0.3), rot90=(0.3, 0.3, 0.3), rotation=0.0, zoom=0.0)
 """3DINO (arXiv:2501.11755)."""
 
+DINO_STILL = replace(DINO_SPATIAL, flip=(0.0, 0.0, 0.0), rot90=(0.0, 0.0, 0.0))
+"""For cases that all show one organ the same way round: its orientation is not what tells them apart (ours)."""
+
 _DINO = replace(
     NO_INTENSITY,
     gamma=0.27,
@@ -52,6 +55,9 @@ DINO_INTENSITY = (
 """3DINO's for the first global, the second global and the local views: one of gamma, noise and histogram shift with p 0.8
 (here each with p 0.27), smoothing or sharpening with p 1, 0.1 and 0.5, ringing with p 0.2 on the second. Its noise of 0.002
 is on images in [-1, 1]."""
+
+DINO_MILD_INTENSITY = tuple(replace(recipe, gamma=0.0, histogram_shift=0.0, gibbs=0.0) for recipe in DINO_INTENSITY)
+"""3DINO's without what changes a case's contrast, for cases that differ by little else (ours)."""
 
 REGISTRATION_SPATIAL = SpatialSettings(
     flip=(0.0, 0.0, 0.0), rotation=1.0, degrees=10.0, zoom=1.0, zoom_range=(0.87, 1.15)

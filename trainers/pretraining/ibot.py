@@ -88,10 +88,10 @@ class IBOTSettings:
                 head=HeadSettings(prototypes=1024, hidden=512, bottleneck=64),
                 share_head=share_head,
                 teacher=TeacherSettings(
-                    momentum=(0.996, 1.0), temperature=(0.04, 0.04), centring="centre", patch_centring="centre"
+                    momentum=(0.998, 1.0), temperature=(0.02, 0.02), centring="centre", patch_centring="centre"
                 ),
                 freeze_last_layer=100,
-                optim=replace(OPTIM, lr=2e-4, lr_scaling="none", weight_decay_end=None, warmup=0.1, betas=(0.9, 0.95)),
+                optim=replace(OPTIM, lr=1e-3, lr_scaling="none", weight_decay_end=None, warmup=0.05, betas=(0.9, 0.95)),
             )
         return cls(share_head=share_head)
 
