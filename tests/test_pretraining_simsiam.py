@@ -167,9 +167,11 @@ def test_under_bf16_autocast_the_loss_is_float32_and_near_that_of_float32(backbo
     method = method_of(backbone, dense=0.5)
     views = noise_views(2)
     exact = method(views).loss.item()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = method(views).loss
-    loss.backward()
+    # oneDNN's bfloat16 gradient of convolution weights on 2 x 2 x 2 maps is now and then not finite (torch 2.15, 79 of 400).
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = method(views).loss
+        loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, abs=0.02)
     assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
