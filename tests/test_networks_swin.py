@@ -110,6 +110,9 @@ def test_what_cannot_work_is_refused_by_name(monkeypatch):
     with pytest.raises(NnsslError, match="48x32x32") as refused:
         network(torch.randn(1, 1, 48, 32, 32))
     assert "multiple of 32" in refused.value.fix
+    backbone = build_backbone(swin_plans(), "3d_fullres", 1)
+    with pytest.raises(NnsslError, match=r"32x32x32 voxels .* a single place"):
+        backbone.forward_decoder(backbone.forward_features(torch.randn(1, 1, 32, 32, 32)))
     monkeypatch.setitem(sys.modules, "monai.networks.nets.swin_unetr", None)  # as if it were not installed
     with pytest.raises(NnsslError, match="needs MONAI") as refused:
         build_network(swin_plans(), "3d_fullres", 1, 2)

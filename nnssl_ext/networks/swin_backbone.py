@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.swin_unetr import STRIDES, SegmentationSwinUNETR
 from nnssl_ext.objectives.reconstruction import upsample_mask
 from nnssl_ext.records import Features, Size
@@ -42,6 +43,15 @@ class SwinBackbone(nn.Module):
         return Features(levels=tuple(levels), strides=self.strides, summary=levels[-1].mean(dim=(2, 3, 4)))
 
     def forward_decoder(self, features: Features) -> Features:
-        """The decoder's maps, finest first."""
+        """The decoder's maps, finest first.
+
+        Raises:
+            NnsslError: a coarsest map of one place, which the decoder's instance norm cannot normalise.
+        """
+        if features.levels[-1][0, 0].numel() == 1:
+            raise NnsslError(
+                f"a crop of {'x'.join(map(str, self.divisor))} voxels leaves the decoder of a Swin UNETR a single place",
+                "give a crop with an edge of at least 64 voxels, e.g. --crop 64 64 64",
+            )
         maps = self.network.decoder.maps(features.levels)[::-1]
         return Features(levels=tuple(maps), strides=self.strides[:-1], summary=features.summary)
