@@ -42,7 +42,9 @@ def read_files(files: Sequence[Path]) -> sitk.Image:
     path = files[0] if len(files) == 1 else files[0].parent
     missing = [f for f in files if not f.is_file()]
     if missing:
-        raise NnsslError(f"{missing[0]}: no such file", "check the path, restore the file, or take the case out of the listing")
+        raise NnsslError(
+            f"{missing[0]}: no such file", "check the path, restore the file, or take the case out of the listing"
+        )
     if path.name.lower().endswith((".nii", ".nii.gz")):
         check_nifti(path)
     try:
