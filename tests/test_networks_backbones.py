@@ -268,3 +268,9 @@ def test_primus_survives_a_torchvision_that_does_not_fit_torch() -> None:
         "network = SegmentationPrimus(1, 2, 24, 1, 2, [8, 8, 8], [[1, 1, 1], [4, 4, 4]])\n"
         "network(torch.randn(1, 1, 8, 8, 8)).sum().backward()"
     )
+
+
+def test_primus_is_imported_without_warnings_of_other_packages() -> None:
+    code = "import warnings; warnings.simplefilter('always'); import nnssl_ext.networks.primus"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch.jit" not in done.stderr

@@ -6,6 +6,8 @@ timm imports torchvision, whose import fails when its compiled half does not fit
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 try:
@@ -15,8 +17,11 @@ except (ImportError, OSError, RuntimeError):
     _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-from dynamic_network_architectures.building_blocks.eva import Eva
-from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchEmbed
-from timm.layers import DropPath, build_rotary_pos_embed
+with warnings.catch_warnings():
+    # timm decorates its models with what recent torch calls deprecated; users of our commands can do nothing about it
+    warnings.filterwarnings("ignore", message=".*torch.jit", category=FutureWarning)
+    from dynamic_network_architectures.building_blocks.eva import Eva
+    from dynamic_network_architectures.building_blocks.patch_encode_decode import PatchEmbed
+    from timm.layers import DropPath, build_rotary_pos_embed
 
 __all__ = ["DropPath", "Eva", "PatchEmbed", "build_rotary_pos_embed"]
