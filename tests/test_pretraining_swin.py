@@ -28,7 +28,7 @@ def write_plans(base: Path) -> None:
     (base / "nnsslSwinUNETRPlans.json").write_text(json.dumps(plans))
 
 
-@pytest.mark.parametrize("method", ["SimSiamTrainer", "MAETrainer"])
+@pytest.mark.parametrize("method", ["SimSiamTrainer", "MAETrainer", "DINO3DTrainer"])
 def test_a_pretrained_encoder_reaches_stock_nnunet(nnunet_env, method):
     write_plans(write_dataset(nnunet_env.preprocessed))
     flags = [DATASET, CONFIGURATION, "-tr", method, "-p", "nnsslSwinUNETRPlans", "-device", "cpu"]
@@ -36,6 +36,17 @@ def test_a_pretrained_encoder_reaches_stock_nnunet(nnunet_env, method):
     if method == "SimSiamTrainer":
         # the cases are smaller than a crop: both views are the whole case
         flags += ["--iou", "1.0", "1.0", "--projector_dim", "32", "--predictor_dim", "8"]
+    if method == "DINO3DTrainer":
+        flags += [
+            "--head.prototypes",
+            "64",
+            "--head.hidden",
+            "32",
+            "--head.bottleneck",
+            "16",
+            "--crops.local_views",
+            "2",
+        ]
     args, rest = train.parser().parse_known_args(flags)
     job = train._job(args, rest)
     fresh = loop.build_method(job).export_backbone().network.state_dict()

@@ -25,8 +25,8 @@ CAUSES = (
         {"teacher_distance": (0.0, 0.0), "momentum": (0.5, INF), "lr": (1e-12, INF)},
         "the teacher's weights equal the student's exactly although its momentum is {momentum:.4g}",
         "give the teacher a deep copy: the two must share no storage",
-        "our reasoning: a moving average of moving weights never equals them exactly",
-        lasting=1,
+        "our reasoning: a moving average of moving weights never equals them exactly, but before the first step",
+        lasting=2,
     ),
     Rule(
         "no teacher momentum",

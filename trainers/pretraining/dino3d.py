@@ -103,6 +103,9 @@ class DINO3DSettings:
             teacher=TeacherSettings(centring="sinkhorn" if plan.batch_size >= SINKHORN_CASES else "centre"),
             koleo_weight=0.1 if plan.batch_size >= KOLEO_CASES else 0.0,
             drop_path=0.3 if plan.preset.startswith("Primus") else None,
+            **(
+                {"layer_decay": 1.0, "stem_scale": 1.0} if plan.preset.startswith("Swin") else {}
+            ),  # its layers have no numbers
         )
 
 
