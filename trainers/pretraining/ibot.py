@@ -81,6 +81,7 @@ class IBOTSettings:
         """The paper's recipe for full presets, short runs for the Tiny ones; two heads on convolutions."""
         share_head = plan.preset.startswith("Primus")
         if plan.preset.endswith("Tiny"):
+            # Teacher and rate: see `DINO3DSettings.for_plan`.
             return cls(
                 epochs=40,
                 iterations=25,
@@ -88,7 +89,7 @@ class IBOTSettings:
                 head=HeadSettings(prototypes=1024, hidden=512, bottleneck=64),
                 share_head=share_head,
                 teacher=TeacherSettings(
-                    momentum=(0.998, 1.0), temperature=(0.02, 0.02), centring="centre", patch_centring="centre"
+                    momentum=(0.998, 0.99), temperature=(0.02, 0.02), centring="centre", patch_centring="centre"
                 ),
                 freeze_last_layer=100,
                 optim=replace(OPTIM, lr=1e-3, lr_scaling="none", weight_decay_end=None, warmup=0.05, betas=(0.9, 0.95)),
