@@ -22,11 +22,11 @@ CAUSES = (
     Rule(
         "teacher shares the student's weights",
         "alarm",
-        {"teacher_distance": (0.0, 0.0), "momentum": (0.5, INF), "lr": (1e-12, INF)},
+        {"teacher_distance": (0.0, 0.0), "momentum": (0.5, INF), "lr": (1e-12, INF), "step": (2.0, INF)},
         "the teacher's weights equal the student's exactly although its momentum is {momentum:.4g}",
         "give the teacher a deep copy: the two must share no storage",
         "our reasoning: a moving average of moving weights never equals them exactly, but before the first step",
-        lasting=2,
+        lasting=1,
     ),
     Rule(
         "no teacher momentum",
