@@ -19,6 +19,7 @@ DINO = (
     *("-tr", "DINO3DTrainer", "--head.prototypes", "64", "--teacher.momentum", "0.9", "1.0"),
     *("--teacher.temperature", "0.04", "0.04", "--iterations", "20"),
 )
+IBOT = ("-tr", "IBOTTrainer", *DINO[2:])
 SIMSIAM = ("-tr", "SimSiamTrainer", "--iterations", "20")
 MAE = ("-tr", "MAETrainer", "--iterations", "20")
 
@@ -99,7 +100,7 @@ def test_a_hundredfold_learning_rate_is_named(quick, flags, lr):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("flags", [SIMSIAM, DINO, MAE], ids=["SimSiam", "DINO", "MAE"])
+@pytest.mark.parametrize("flags", [SIMSIAM, DINO, IBOT, MAE], ids=["SimSiam", "DINO", "iBOT", "MAE"])
 def test_healthy_seeds_raise_no_alarm(quick, flags, seed):
     _, told = run(*flags, "--epochs", "3", seed=seed)
     assert told == f"{log.HEALTHY}\n"
