@@ -101,13 +101,13 @@ class DINO3DSettings:
                 freeze_last_layer=100,
                 optim=replace(OPTIM, lr=1e-3, lr_scaling="none", weight_decay_end=None, warmup=0.05, betas=(0.9, 0.95)),
             )
+        numbered = not plan.preset.startswith("Swin")  # whether its layers have numbers to decay rates over
         return cls(
             teacher=TeacherSettings(centring="sinkhorn" if plan.batch_size >= SINKHORN_CASES else "centre"),
             koleo_weight=0.1 if plan.batch_size >= KOLEO_CASES else 0.0,
             drop_path=0.3 if plan.preset.startswith("Primus") else None,
-            **(
-                {"layer_decay": 1.0, "stem_scale": 1.0} if plan.preset.startswith("Swin") else {}
-            ),  # its layers have no numbers
+            layer_decay=0.9 if numbered else 1.0,
+            stem_scale=0.2 if numbered else 1.0,
         )
 
 
