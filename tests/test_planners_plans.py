@@ -9,9 +9,11 @@ import SimpleITK as sitk
 from conftest import Workspace
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnssl_ext.cli import plan as plan_command
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.planners.base import Overrides
 from nnssl_ext.planners.fingerprint import FILE, analyse_case
+from nnssl_ext.planners.memory import Views
 from nnssl_ext.planners.primus import nnsslPlannerPrimusM, nnsslPlannerPrimusS, nnsslPlannerPrimusTiny
 from nnssl_ext.planners.resenc import nnsslPlannerResEncM, nnsslPlannerResEncTiny
 from nnssl_ext.plans import configuration_of, pretrain_plan
@@ -240,3 +242,39 @@ def test_2d_data_are_refused(nnunet_env):
     write_dataset(nnunet_env, (1, 32, 32))
     with pytest.raises(NnsslError, match="2D"):
         nnsslPlannerPrimusTiny(9).make_plans()
+
+
+@pytest.mark.parametrize(
+    ("method", "views"),
+    [
+        ("MAETrainer", Views(1, 0)),
+        ("SimSiamTrainer", Views(0, 4)),  # 2 pairs of local crops
+        ("DINO3DTrainer", Views(2, 4, teacher=True)),
+        ("RegistrationTrainer", Views(2, 0)),
+    ],
+)
+def test_the_plan_command_asks_a_method_what_it_draws(nnunet_env, method, views):
+    write_dataset(nnunet_env, (56, 72, 56))
+    plans = nnsslPlannerPrimusTiny(9).make_plans()
+    assert plan_command._views(plans, method) == views
+
+
+def test_plans_for_many_views_have_smaller_batches(nnunet_env, monkeypatch, tmp_path):
+    write_dataset(nnunet_env, (56, 72, 56))
+    (nnunet_env.preprocessed / "Dataset009_Boxes" / "dataset.json").write_text("{}")
+    flags = (
+        "-pl",
+        "nnsslPlannerPrimusTiny",
+        "-gpu_memory_target",
+        "1.3",
+        "--write",
+        "--png",
+        str(tmp_path / "crops.png"),
+    )
+    batch = {}
+    for method in ("MAETrainer", "DINO3DTrainer"):
+        monkeypatch.setattr("sys.argv", ["nnssl_plan", "9", *flags, "-tr", method])
+        assert plan_command._main() == 0
+        written = json.loads((nnunet_env.preprocessed / "Dataset009_Boxes" / "nnsslPrimusTinyPlans.json").read_text())
+        batch[method] = written["configurations"]["3d_fullres"]["nnssl"]["batch_size"]
+    assert batch["DINO3DTrainer"] < batch["MAETrainer"]

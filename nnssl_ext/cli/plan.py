@@ -13,6 +13,7 @@ from nnssl_ext.nnunet_plugin.registry import registry
 from nnssl_ext.paths import dataset_id, dataset_name
 
 if TYPE_CHECKING:
+    from nnssl_ext.contracts import Method
     from nnssl_ext.planners.base import PretrainingPlanner
     from nnssl_ext.planners.memory import Views
 
@@ -30,16 +31,18 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("dataset", help="dataset id or name")
     p.add_argument("-pl", required=True, help=f"planner: {', '.join(sorted(_planners()))}")
-    p.add_argument("-tr", default="MAETrainer", help=f"method to preview: {', '.join(pretraining_methods())}")
+    p.add_argument(
+        "-tr",
+        default="MAETrainer",
+        help=f"method whose views and teacher must fit into memory: {', '.join(pretraining_methods())} (default: MAETrainer, "
+        "which nnUNetv2_plan_experiment plans for too)",
+    )
     p.add_argument("-gpu_memory_target", type=float, help="GB (default: the planner's)")
     p.add_argument("-overwrite_target_spacing", type=float, nargs=3, metavar=("Z", "Y", "X"), help="mm")
     p.add_argument("-overwrite_plans_name", help="name of the plans (default: the planner's)")
     p.add_argument("--token_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels per token (Primus)")
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels; also the global crop")
     p.add_argument("--batch_size", type=int, help="cases per step, in pretraining and in nnU-Net")
-    p.add_argument("--global_views", type=int, default=1, help="global crops per case to plan memory for (default: 1)")
-    p.add_argument("--local_views", type=int, default=0, help="local crops per case to plan memory for (default: 0)")
-    p.add_argument("--teacher", action="store_true", help="plan memory for an EMA teacher too")
     p.add_argument("--png", type=Path, help="picture of one batch (default: <plans>_crops.png in the current folder)")
     p.add_argument("--write", action="store_true", help="save the plans, as nnUNetv2_plan_experiment does")
     return p
@@ -56,6 +59,7 @@ def _main() -> int:
     from nnssl_ext.planners.preview import describe
 
     classes = len(planner.dataset_json["labels"])
+    planner.views = _views(planner.make_plans(), args.tr)
     if args.write:
         plans = planner.plan_experiment()
     else:
@@ -85,7 +89,6 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
     cls = getattr(importlib.import_module(module), name)
 
     from nnssl_ext.planners.base import Overrides
-    from nnssl_ext.planners.memory import Views
 
     planner: PretrainingPlanner = cls(
         dataset,
@@ -94,12 +97,43 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
         overwrite_target_spacing=args.overwrite_target_spacing,
     )
     planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size)
-    planner.views = Views(args.global_views, args.local_views, args.teacher)
     return planner
 
 
 def _size(values: list[int] | None) -> tuple[int, int, int] | None:
     return (values[0], values[1], values[2]) if values else None
+
+
+def _method(plans: dict[str, Any], name: str) -> Method:
+    """The method with its defaults for these plans."""
+    from nnssl_ext.networks.build import build_backbone
+    from nnssl_ext.plans import pretrain_plan
+
+    channels = len(plans["configurations"][CONFIGURATION]["normalization_schemes"])
+    plan = pretrain_plan(plans, CONFIGURATION, channels)
+    trainer = load_method(name)
+    settings = trainer.settings_type.for_plan(plan)
+    return trainer(settings, build_backbone(plans, CONFIGURATION, channels), plan)
+
+
+def _views(plans: dict[str, Any], name: str) -> Views:
+    """What the method holds in memory of each case, found out by drawing from one; views up to the size of the plans' local
+    crop count as such, larger ones as global crops."""
+    import math
+
+    import numpy as np
+
+    from nnssl_ext.planners.memory import Views
+    from nnssl_ext.records import Case
+
+    method = _method(plans, name)
+    crops = plans["configurations"][CONFIGURATION]["nnssl"]
+    z, y, x = (2 * edge for edge in crops["global_crop"])
+    case = Case("any", Path(), 1, (z, y, x), (1.0, 1.0, 1.0))
+    sizes = [math.prod(view.size) for view in method.view_policy.draw(case, np.random.default_rng(0), 0.0)]
+    local = sum(size <= math.prod(crops["local_crop"]) for size in sizes)
+    trained = any(weight.requires_grad for weight in method.export_backbone().network.parameters())
+    return Views(len(sizes) - local, local, teacher=not trained)
 
 
 def _hours(plans: dict[str, Any], classes: int, views: Views, method: str) -> str:
@@ -137,7 +171,6 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
 
     from nnssl_ext.data.cases import list_cases
     from nnssl_ext.data.loader import make_loader
-    from nnssl_ext.networks.build import build_backbone
     from nnssl_ext.objectives.reconstruction import upsample_mask
     from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan, read_plans
     from nnssl_ext.reports.pictures import draw_planes
@@ -149,9 +182,7 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
         raise NnsslError(f"the data of {plans['plans_name']} were preprocessed with another spacing or normalisation")
     plan = pretrain_plan(plans, CONFIGURATION, len(found["normalization_schemes"]))
     cases = list_cases(preprocessed_folder(plans["dataset_name"]) / found["data_identifier"], plan.spacing)
-    trainer = load_method(method)
-    backbone = build_backbone(plans, CONFIGURATION, plan.channels)
-    policy = trainer(trainer.settings_type.for_plan(plan), backbone, plan).view_policy
+    policy = _method(plans, method).view_policy
     count = min(MOST_PICTURES, plan.batch_size)
     (batch,) = make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=count)
     volumes, masks = {}, {}
