@@ -19,7 +19,8 @@ from nnssl_ext.trainers.pretraining.dino3d import DINO3DSettings
 
 def test_row_3_the_teacher_moves_once_per_optimiser_step_after_it(monkeypatch, tmp_path):
     recipe = DINO3DSettings().optim
-    method = method_of(optim=replace(recipe, accumulate=3, lr=0.01, warmup=0.0), freeze_last_layer=0)
+    teacher = replace(method_of().settings.teacher, momentum=(0.996, 1.0))
+    method = method_of(optim=replace(recipe, accumulate=3, lr=0.01, warmup=0.0), freeze_last_layer=0, teacher=teacher)
     parts, state = parts_of(method, steps=4), TrainState()
     weight, copy = (p["backbone"].network.eva.norm.weight for p in (method.student(), method.teacher.parts))
     moves = record_calls(monkeypatch, method.teacher, "move")
