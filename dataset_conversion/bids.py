@@ -56,7 +56,9 @@ def plan_bids(
     kinds = sorted({DATATYPES[path.parent.name] for path in paths})
     if len(kinds) > 1 and not channels:
         raise NnsslError(f"{root} mixes modalities: {' and '.join(kinds)}", "convert them one by one with --suffixes")
-    cases = tuple(PlannedCase(identifier_of(stem(path)), (ImageSource((path,)),)) for path in paths)
+    cases = tuple(
+        PlannedCase(identifier_of(stem(path)), (ImageSource((path,)),), modality=_modality(path)) for path in paths
+    )
     return PlannedDataset(_named(channels, kinds), cases, FOREGROUND_LABELS)
 
 
@@ -84,9 +86,14 @@ def _together(
                     f"case {session}: {told} image(s) where one of each is needed in {root}", "choose other --suffixes"
                 )
             )
-    kinds = [DATATYPES[found[suffix][0].parent.name] for suffix in suffixes]
-    kinds = [suffix if kind == MR else kind for suffix, kind in zip(suffixes, kinds, strict=True)]
+    kinds = [_modality(found[suffix][0]) for suffix in suffixes]
     return PlannedDataset(_named(channels, kinds), tuple(cases), FOREGROUND_LABELS, tuple(problems))
+
+
+def _modality(path: Path) -> str:
+    """What an image shows: of MR the sequence, which is its suffix."""
+    kind = DATATYPES[path.parent.name]
+    return stem(path).rpartition("_")[2] if kind == MR else kind
 
 
 def _named(channels: Sequence[str], told: Sequence[str]) -> tuple[str, ...]:

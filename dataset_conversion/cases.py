@@ -51,12 +51,16 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class PlannedCase:
-    """One case to write. Without `label`, a foreground mask of the first channel becomes its label."""
+    """One case to write. Without `label`, a foreground mask of the first channel becomes its label.
+
+    `modality` is what the source says of this case, e.g. CT or T1w, or "". Where cases differ in it, dataset.json says so.
+    """
 
     identifier: str
     channels: tuple[ImageSource, ...]
     label: ImageSource | None = None
     notes: str = ""
+    modality: str = ""
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,12 @@ def plan_folder(
         else:
             members = [found[suffix] for suffix in suffixes or ("",)]
             sources = tuple(volume.source for volume in members)
-            cases.append(PlannedCase(identifier_of(name), sources, ImageSource((label,)) if label else None))
-            modalities.append(tuple(volume.modality for volume in members))
+            kinds = tuple(CHANNEL_OF_MODALITY.get(volume.modality.lower(), volume.modality) for volume in members)
+            of_label = ImageSource((label,)) if label else None
+            cases.append(
+                PlannedCase(identifier_of(name), sources, of_label, modality="+".join(kinds) if all(kinds) else "")
+            )
+            modalities.append(kinds)
             used.add(name)
     if not cases and not problems:
         raise NnsslError(f"no NIfTI, NRRD, MHA or DICOM images in {folder}", "check the path and --channel-suffixes")
@@ -171,7 +175,7 @@ def _channel_names(
                 "give one name per channel with --channels",
             )
         return tuple(given)
-    kinds = {tuple(CHANNEL_OF_MODALITY.get(m.lower(), m) for m in row) for row in modalities}
+    kinds = set(modalities)
     if len(kinds) > 1:
         told = " and ".join(sorted("+".join(kind) or "unknown" for kind in kinds))
         raise NnsslError(f"{folder} mixes modalities: {told}", "convert them one by one, or name all with --channels")

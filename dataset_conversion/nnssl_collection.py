@@ -50,7 +50,8 @@ def plan_collection(
             if modalities and image["modality"] not in modalities:
                 continue
             identifier = identifier_of("__".join((name, *keys, _without_ending(image["name"]))))
-            cases.append(PlannedCase(identifier, (ImageSource((_resolved(image["image_path"], listing),)),)))
+            source = ImageSource((_resolved(image["image_path"], listing),))
+            cases.append(PlannedCase(identifier, (source,), modality=str(image["modality"])))
             kinds.add(CHANNEL_OF_MODALITY.get(str(image["modality"]).lower(), MR))
     except (KeyError, TypeError, AttributeError) as error:
         raise NnsslError(

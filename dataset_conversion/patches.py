@@ -181,7 +181,8 @@ def _cases_of(dataset: Path, description: dict) -> list[PlannedCase]:
             raise NnsslError(
                 f"case {name}: no label {label}", f"for an image-only dataset: nnssl_convert foreground -d {number}"
             )
-        cases.append(PlannedCase(name, images, ImageSource((label,))))
+        modality = description.get("case_modalities", {}).get(name, "")
+        cases.append(PlannedCase(name, images, ImageSource((label,)), modality=modality))
     if not cases:
         raise NnsslError(f"no cases in {dataset / 'imagesTr'}", "convert a dataset first")
     return cases
@@ -217,7 +218,7 @@ def _crop(lower: np.ndarray, extent: np.ndarray) -> Crop:
 def _cropped(case: PlannedCase, name: str, patch: Patch) -> PlannedCase:
     label = replace(case.label, crop=patch.crop) if case.label else None
     channels = tuple(replace(channel, crop=patch.crop) for channel in case.channels)
-    return PlannedCase(name, channels, label, f"{patch.share:.0%} foreground")
+    return PlannedCase(name, channels, label, f"{patch.share:.0%} foreground", case.modality)
 
 
 def _told(patch: Patch) -> dict[str, object]:

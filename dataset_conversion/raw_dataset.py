@@ -65,7 +65,7 @@ def convert(
             raise told_together(converted.problems)
         if not good:
             raise NnsslError("there are no cases to convert", "check the path and the choice of files")
-        write_json(building / "dataset.json", dataset_json(planned, converted.labels, target, len(good)))
+        write_json(building / "dataset.json", dataset_json(planned, converted.labels, target, good))
         for name, content in (planned.companions(good) if planned.companions else {}).items():
             write_json(building / name, content)
     return converted
@@ -80,16 +80,21 @@ def told_together(problems: Sequence[NnsslError]) -> NnsslError:
     )
 
 
-def dataset_json(planned: PlannedDataset, labels: Labels, target: Path, cases: int) -> dict[str, object]:
-    """The content of nnU-Net's dataset.json."""
+def dataset_json(planned: PlannedDataset, labels: Labels, target: Path, cases: Sequence[str]) -> dict[str, object]:
+    """The content of nnU-Net's dataset.json for these cases; with ``case_modalities``, case -> modality, where they differ."""
+    written = set(cases)
+    modalities = {
+        case.identifier: case.modality for case in planned.cases if case.modality and case.identifier in written
+    }
     return {
         "name": target.name.partition("_")[2],
         **planned.description,
         "channel_names": {str(c): name for c, name in enumerate(planned.channel_names)},
         "labels": labels,
-        "numTraining": cases,
+        "numTraining": len(cases),
         "file_ending": ENDING,
         "converted_by": "nnssl_ext",
+        **({"case_modalities": modalities} if len(set(modalities.values())) > 1 else {}),
     }
 
 

@@ -148,6 +148,7 @@ class PretrainPlan:
         batch_size: cases per step and process.
         spacing: target mm, z, y, x.
         channels: image channels.
+        hu_per_unit: per channel, Hounsfield units of one unit of the preprocessed intensity, None where it is no CT.
     """
 
     plans_name: str
@@ -158,6 +159,7 @@ class PretrainPlan:
     batch_size: int
     spacing: tuple[float, float, float]
     channels: int
+    hu_per_unit: tuple[float | None, ...] = (None,)
 
 
 @runtime_checkable

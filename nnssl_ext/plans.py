@@ -78,6 +78,11 @@ def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> P
         z, y, x = block.get(name) or found["patch_size"]
         return int(z), int(y), int(x)
 
+    def hu_per_unit(channel: int) -> float | None:
+        if found["normalization_schemes"][channel] != "CTNormalization":
+            return None
+        return max(float(plans["foreground_intensity_properties_per_channel"][str(channel)]["std"]), 1e-8)  # as nnU-Net
+
     z, y, x = found["spacing"]
     return PretrainPlan(
         plans_name=plans["plans_name"],
@@ -88,4 +93,5 @@ def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> P
         batch_size=int(block.get("batch_size", found["batch_size"])),
         spacing=(float(z), float(y), float(x)),
         channels=channels,
+        hu_per_unit=tuple(map(hu_per_unit, range(channels))),
     )

@@ -27,6 +27,8 @@ class Case:
         channels: number of image channels.
         shape: voxels along z, y, x.
         spacing: mm along z, y, x.
+        modality: what dataset.json says it shows: its entry of ``case_modalities``, else the names of the channels; "" where
+            there is no dataset.json.
     """
 
     identifier: str
@@ -34,6 +36,7 @@ class Case:
     channels: int
     shape: Size
     spacing: tuple[float, float, float]
+    modality: str = ""
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape))

@@ -1,5 +1,6 @@
 """Finding and reading preprocessed cases, good and bad."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,13 @@ def test_cases_are_sorted_and_described(folder):
     assert (a.identifier, a.channels, a.shape, a.spacing) == ("case_a", 3, (9, 21, 30), SPACING)
     assert (b.identifier, b.shape) == ("case_b", (12, 40, 36))
     assert [case.identifier for case in list_cases(folder, SPACING, only=["case_b"])] == ["case_b"]
+
+
+def test_modality_is_the_cases_own_or_that_of_all_channels(folder):
+    assert [case.modality for case in list_cases(folder, SPACING)] == ["", ""]
+    description = {"channel_names": {"0": "T1", "1": "T2"}, "case_modalities": {"case_b": "CT"}}
+    (folder.parent / "dataset.json").write_text(json.dumps(description))
+    assert [case.modality for case in list_cases(folder, SPACING)] == ["T1+T2", "CT"]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,33 @@ def test_bids_images_are_cases_or_channels(tmp_path):
     target, description = converted(together, tmp_path)
     assert description["channel_names"] == {"0": "T1w", "1": "FLAIR"}
     assert_same_image(target / "imagesTr" / "sub-02_ses-b_0001.nii.gz", voxels(1))
+    assert "case_modalities" not in description  # every case shows the same
+
+
+def test_cases_of_several_modalities_are_told_apart_in_dataset_json(tmp_path):
+    write(tmp_path / "bids" / "sub-01" / "anat" / "sub-01_T1w.nii.gz", voxels())
+    write(tmp_path / "bids" / "sub-01" / "anat" / "sub-01_T2w.nii.gz", voxels(1))
+    write(tmp_path / "bids" / "sub-01" / "ct" / "sub-01_ct.nii.gz", voxels(2))
+    _, description = converted(plan_bids(tmp_path / "bids", channels=["MRI"]), tmp_path / "a")
+    assert description["case_modalities"] == {"sub-01_T1w": "T1w", "sub-01_T2w": "T2w", "sub-01_ct": "CT"}
+    dicom_series(tmp_path / "dicom" / "p1")
+    dicom_series(tmp_path / "dicom" / "p2", modality="MR")
+    _, description = converted(plan_folder(tmp_path / "dicom", channels=["scan"]), tmp_path / "b")
+    assert description["case_modalities"] == {"p1": "CT", "p2": "MRI"}
+    images = {
+        name: {
+            "name": f"{name}.nii.gz",
+            "modality": name,
+            "image_path": str(tmp_path / "bids" / "sub-01" / "anat" / file),
+        }
+        for name, file in (("T1w", "sub-01_T1w.nii.gz"), ("FLAIR", "sub-01_T2w.nii.gz"))
+    }
+    sessions = {"s": {"images": list(images.values())}}
+    collection = {"dataset_index": 1, "subjects": {"p": {"sessions": sessions}}}
+    (tmp_path / "pretrain_data.json").write_text(json.dumps({"collection_name": "C", "datasets": {"1": collection}}))
+    _, planned = plan_collection(tmp_path)
+    _, description = converted(planned, tmp_path / "c")
+    assert description["case_modalities"] == {"C__1__p__s__T1w": "T1w", "C__1__p__s__FLAIR": "FLAIR"}
 
 
 def test_bids_problems(tmp_path):

@@ -1,4 +1,4 @@
-"""SimSiam on Swin UNETR, from plans to a network that stock nnU-Net builds and fills."""
+"""Methods on Swin UNETR, from plans to a network that stock nnU-Net builds and fills."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_plans(base: Path) -> None:
     (base / "nnsslSwinUNETRPlans.json").write_text(json.dumps(plans))
 
 
-@pytest.mark.parametrize("method", ["SimSiamTrainer", "MAETrainer", "DINO3DTrainer"])
+@pytest.mark.parametrize("method", ["SimSiamTrainer", "MAETrainer", "DINO3DTrainer", "DisruptiveAETrainer"])
 def test_a_pretrained_encoder_reaches_stock_nnunet(nnunet_env, method):
     write_plans(write_dataset(nnunet_env.preprocessed))
     flags = [DATASET, CONFIGURATION, "-tr", method, "-p", "nnsslSwinUNETRPlans", "-device", "cpu"]

@@ -12,6 +12,7 @@ import blosc2
 from tqdm import tqdm
 
 from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.files import read_json
 from nnssl_ext.records import Case
 
 
@@ -42,7 +43,8 @@ def list_cases(folder: Path, spacing: tuple[float, float, float], only: Sequence
         if not names:
             raise NnsslError("the selection of cases is empty", "name at least one case, one per line, or select none")
     progress = tqdm(names, desc="reading case headers", unit="case", delay=2, leave=False)
-    return [_case(folder, name, spacing) for name in progress]
+    by_case, of_all = _modalities(folder.parent / "dataset.json")
+    return [_case(folder, name, spacing, by_case.get(name, of_all)) for name in progress]
 
 
 def open_volume(folder: Path, identifier: str) -> Any:
@@ -79,6 +81,12 @@ def preprocess_command(folder: Path) -> str:
     return f"run: nnUNetv2_preprocess -d {number} -plans_name {name} -c {configuration}"
 
 
-def _case(folder: Path, identifier: str, spacing: tuple[float, float, float]) -> Case:
+def _case(folder: Path, identifier: str, spacing: tuple[float, float, float], modality: str) -> Case:
     channels, z, y, x = open_volume(folder, identifier).shape
-    return Case(identifier, folder, int(channels), (int(z), int(y), int(x)), spacing)
+    return Case(identifier, folder, int(channels), (int(z), int(y), int(x)), spacing, modality)
+
+
+def _modalities(dataset_json: Path) -> tuple[dict[str, str], str]:
+    """The modalities of single cases, and what the others show: the names of the dataset's channels."""
+    content = read_json(dataset_json) if dataset_json.is_file() else {}
+    return content.get("case_modalities", {}), "+".join(content.get("channel_names", {}).values())

@@ -14,6 +14,9 @@ NO_INTENSITY = IntensitySettings(
     noise=0.0, blur=0.0, brightness=0.0, contrast=0.0, low_resolution=0.0, gamma_inverted=0.0, gamma=0.0
 )
 
+PLAIN_CROPS = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
+"""Random places only."""
+
 SIMSIAM_SPATIAL = SpatialSettings(
     flip=(0.5, 0.5, 0.5), rot90=(0.5, 0.5, 0.5), rotation=0.0, zoom=0.75, zoom_range=(0.8, 1.2)
 )
