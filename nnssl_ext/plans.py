@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.contracts import HounsfieldScale, PretrainPlan
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json
 from nnssl_ext.paths import dataset_id, dataset_name, folder
@@ -88,4 +88,18 @@ def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> P
         batch_size=int(block.get("batch_size", found["batch_size"])),
         spacing=(float(z), float(y), float(x)),
         channels=channels,
+        hounsfield=_hounsfield(plans, found),
+    )
+
+
+def _hounsfield(plans: dict[str, Any], configuration: dict[str, Any]) -> HounsfieldScale | None:
+    schemes = configuration.get("normalization_schemes") or [""]
+    properties = plans.get("foreground_intensity_properties_per_channel", {}).get("0")
+    if schemes[0] != "CTNormalization" or not properties:
+        return None
+    return HounsfieldScale(
+        mean=float(properties["mean"]),
+        std=float(properties["std"]),
+        lower=float(properties["percentile_00_5"]),
+        upper=float(properties["percentile_99_5"]),
     )

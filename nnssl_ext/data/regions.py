@@ -23,6 +23,20 @@ def read_region(case: Case, lower: Size, upper: Size, labels: bool = False) -> R
     return Region(voxels, box.lower, case, segmentation.clip(0).astype(np.int16))  # -1: outside nnU-Net's nonzero mask
 
 
+def read_cubes(case: Case, corners: Sequence[Size], edge: int) -> Float[np.ndarray, "N E E E"]:
+    """Small cubes of the first channel that begin at these voxels: a look at a case that costs less than a region.
+
+    Raises:
+        NnsslError: the file is missing or damaged, naming it; a cube reaches beyond the case.
+    """
+    return np.stack([_read(case, case.identifier, case.channels, _cube(corner, edge))[0] for corner in corners])
+
+
+def _cube(corner: Size, edge: int) -> Box:
+    z, y, x = corner
+    return Box(corner, (z + edge, y + edge, x + edge))
+
+
 def _read(case: Case, name: str, channels: int, box: Box) -> np.ndarray:
     volume = open_volume(case.folder, name)
     if volume.shape != (channels, *case.shape):
