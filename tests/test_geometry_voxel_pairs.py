@@ -60,7 +60,7 @@ def test_both_voxels_show_the_same_point_of_the_case(first, second, cell):
 def test_plain_crops_match_voxel_by_voxel():
     a, b = view((4, 5, 6)), view((6, 3, 7))
     pairs = sample_pairs(a, b, everywhere(a), 10_000, (1, 1, 1), [0])
-    here, there = found(pairs)
+    here, _ = found(pairs)
     assert len(here) == 6 * 7 * 9 == int(covisible(a, b).sum())  # all of the overlap, each voxel once
     assert len(here.unique(dim=0)) == len(here)
     assert torch.equal(pairs.second_voxel[0, pairs.valid[0]], here - torch.tensor([2, -2, 1]))

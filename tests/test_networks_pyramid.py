@@ -18,7 +18,6 @@ from nnssl_ext.networks.pyramid import (
     pyramid,
     pyramid_channels,
 )
-from nnssl_ext.records import Features
 
 PLANS = {"primus": primus_plans(), "resenc": unet_plans()}
 
@@ -35,12 +34,9 @@ def test_every_voxel_finds_its_own_cell_also_in_odd_sizes(stride):
 
 
 def test_the_references_vector_has_1008_channels():
-    levels = Features(
-        levels=tuple(torch.zeros(1, 16 * 2**i, *[32 // 2**i] * 3) for i in range(6)),
-        strides=tuple((2**i,) * 3 for i in range(6)),
-        summary=torch.zeros(1, 1),
-    )
-    assert torch.cat(look_up_all(levels, torch.zeros(1, 4, 3, dtype=torch.long)), -1).shape == (1, 4, 1008)
+    levels = [torch.zeros(1, 16 * 2**i, *[32 // 2**i] * 3) for i in range(6)]
+    vectors = look_up_all(levels, [(2**i,) * 3 for i in range(6)], torch.zeros(1, 4, 3, dtype=torch.long))
+    assert torch.cat(vectors, -1).shape == (1, 4, 1008)
 
 
 def test_samples_are_not_mixed_and_gradients_reach_the_looked_up_cells_only():

@@ -44,7 +44,9 @@ def as_published(e1: torch.Tensor, e2: torch.Tensor, temperature: float) -> torc
 def test_it_equals_loops_and_the_published_formula(cases, pairs, temperature):
     first, second = embeddings(cases, pairs)
     found = nt_xent(first, second, everything(first), temperature).item()
-    loops = [by_loops(a.double().tolist(), b.double().tolist(), temperature) for a, b in zip(first, second, strict=True)]
+    loops = [
+        by_loops(a.double().tolist(), b.double().tolist(), temperature) for a, b in zip(first, second, strict=True)
+    ]
     published = [as_published(a, b, temperature).item() for a, b in zip(first, second, strict=True)]
     assert found == pytest.approx(sum(loops) / cases, rel=1e-5)
     assert found == pytest.approx(sum(published) / cases, rel=1e-5)

@@ -44,9 +44,11 @@ def look_up(level: Float[Tensor, "B C z y x"], stride: Size, voxels: Int[Tensor,
     return level.flatten(2).gather(2, number[:, None].expand(-1, level.shape[1], -1)).mT
 
 
-def look_up_all(levels: Features, voxels: Int[Tensor, "B K 3"]) -> Vectors:
+def look_up_all(
+    levels: Sequence[Float[Tensor, "B _C _z _y _x"]], strides: Sequence[Size], voxels: Int[Tensor, "B K 3"]
+) -> Vectors:
     """`look_up` in every level."""
-    return tuple(look_up(m, stride, voxels) for m, stride in zip(levels.levels, levels.strides, strict=True))
+    return tuple(look_up(level, stride, voxels) for level, stride in zip(levels, strides, strict=True))
 
 
 def level_shares(vectors: Vectors, valid: Bool[Tensor, "B K"]) -> Float[Tensor, " L"]:

@@ -44,7 +44,9 @@ def nt_xent(
             losses = _row_losses(vectors, counts, 0, count, temperature)
         else:
             parts = [
-                checkpoint(_row_losses, vectors, counts, start, min(start + rows, count), temperature, use_reentrant=False)
+                checkpoint(
+                    _row_losses, vectors, counts, start, min(start + rows, count), temperature, use_reentrant=False
+                )
                 for start in range(0, count, rows)
             ]
             losses = torch.cat(parts, dim=1)
