@@ -116,5 +116,7 @@ def test_views_without_a_common_point_give_no_valid_pair():
     a, b = view((0, 0, 0)), view((12, 20, 30))
     pairs = sample_pairs(a, b, everywhere(a), 7, (1, 1, 1), [0])
     assert pairs.first.shape == (1, 7, 3) and not pairs.valid.any()
+    for voxels in (pairs.first, pairs.second_voxel):  # they are looked up all the same
+        assert ((voxels >= 0) & (voxels < torch.tensor(SIZE))).all()
     outside = view((-8, 0, 0))
     assert not sample_pairs(outside, outside, everywhere(a), 7, (1, 1, 1), [0]).valid.any()  # padding

@@ -23,7 +23,7 @@ class VoxelPairs:
     Attributes:
         first: voxel of the first view.
         second: where the second view shows the same point: in its voxels, whole where both views are plain crops.
-        valid: False for what fills up where a sample has fewer pairs.
+        valid: False for what fills up where a sample has fewer pairs: voxels inside the views like all others.
     """
 
     first: Int[Tensor, "B K 3"]
@@ -70,11 +70,9 @@ def sample_pairs(
         keys = _one_per_cell(keys, _cell_numbers(here, size, cell).expand(len(keys), -1))
     keys = _one_per_cell(keys, _cell_numbers(there, other, cell))
     chosen, number = keys.topk(min(count, keys.shape[1]), dim=1)
-    return VoxelPairs(
-        first=here[number],
-        second=places.flatten(1, 3).gather(1, number[..., None].expand(-1, -1, 3)),
-        valid=chosen >= 0,
-    )
+    valid = chosen >= 0
+    second_places = places.flatten(1, 3).gather(1, number[..., None].expand(-1, -1, 3))
+    return VoxelPairs(here[number], torch.where(valid[..., None], second_places, 0), valid)
 
 
 def _random_keys(samples: int, voxels: int, seeds: Sequence[int], device: torch.device) -> Int[Tensor, "B V"]:
