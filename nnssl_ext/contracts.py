@@ -23,6 +23,7 @@ class ViewDraw:
         intensity: augmentation name -> strength, in the order of application; seeds for noise included.
         mask: token-grid mask ``(z, y, x)``, True where masked, or None.
         facts: further figures worth a record, such as the IoU of a pair; they join `View.applied`.
+        clean: also keep the voxels as they were before intensity augmentation, as `View.clean`.
     """
 
     size: Size
@@ -30,6 +31,7 @@ class ViewDraw:
     intensity: Mapping[str, float]
     mask: Bool[np.ndarray, "z y x"] | None = None
     facts: Mapping[str, float] = field(default_factory=dict)
+    clean: bool = False
 
 
 @runtime_checkable
@@ -139,6 +141,20 @@ class OptimRule:
 
 
 @dataclass(frozen=True)
+class HounsfieldScale:
+    """What nnU-Net's CTNormalization makes of Hounsfield units: clipped to `lower` and `upper`, then ``(HU - mean) / std``."""
+
+    mean: float
+    std: float
+    lower: float
+    upper: float
+
+    def normalised(self, hu: float) -> float:
+        """The normalised intensity of a value, without the clipping."""
+        return (hu - self.mean) / max(self.std, 1e-8)
+
+
+@dataclass(frozen=True)
 class PretrainPlan:
     """What a method may know about plans, read from one configuration of a plans file.
 
@@ -148,7 +164,7 @@ class PretrainPlan:
         batch_size: cases per step and process.
         spacing: target mm, z, y, x.
         channels: image channels.
-        hu_per_unit: per channel, Hounsfield units of one unit of the preprocessed intensity, None where it is no CT.
+        hounsfield: per channel, how the plans normalise it where it is a CT that nnU-Net normalises as such, else None.
     """
 
     plans_name: str
@@ -159,7 +175,7 @@ class PretrainPlan:
     batch_size: int
     spacing: tuple[float, float, float]
     channels: int
-    hu_per_unit: tuple[float | None, ...] = (None,)
+    hounsfield: tuple[HounsfieldScale | None, ...] = (None,)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.contracts import HounsfieldScale, PretrainPlan
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json
 from nnssl_ext.paths import dataset_id, dataset_name, folder
@@ -78,11 +78,6 @@ def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> P
         z, y, x = block.get(name) or found["patch_size"]
         return int(z), int(y), int(x)
 
-    def hu_per_unit(channel: int) -> float | None:
-        if found["normalization_schemes"][channel] != "CTNormalization":
-            return None
-        return max(float(plans["foreground_intensity_properties_per_channel"][str(channel)]["std"]), 1e-8)  # as nnU-Net
-
     z, y, x = found["spacing"]
     return PretrainPlan(
         plans_name=plans["plans_name"],
@@ -93,5 +88,18 @@ def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> P
         batch_size=int(block.get("batch_size", found["batch_size"])),
         spacing=(float(z), float(y), float(x)),
         channels=channels,
-        hu_per_unit=tuple(map(hu_per_unit, range(channels))),
+        hounsfield=tuple(_hounsfield(plans, found, channel) for channel in range(channels)),
+    )
+
+
+def _hounsfield(plans: dict[str, Any], configuration: dict[str, Any], channel: int) -> HounsfieldScale | None:
+    schemes = configuration.get("normalization_schemes", ())
+    properties = plans.get("foreground_intensity_properties_per_channel", {}).get(str(channel))
+    if channel >= len(schemes) or schemes[channel] != "CTNormalization" or not properties:
+        return None
+    return HounsfieldScale(
+        mean=float(properties["mean"]),
+        std=float(properties["std"]),
+        lower=float(properties["percentile_00_5"]),
+        upper=float(properties["percentile_99_5"]),
     )

@@ -79,6 +79,7 @@ class View:
         applied: per sample, the augmentations that were applied and their strengths, and the draw's `facts`.
         labels: ``(B, Z, Y, X)`` of the nearest case voxels, 0 = background or outside; None unless the policy asks for
             them: only weakly supervised methods do.
+        clean: ``(B, C, Z, Y, X)``, `voxels` before intensity augmentation, or None where the policy does not ask for it.
     """
 
     voxels: Float[Tensor, "B C Z Y X"]
@@ -89,6 +90,7 @@ class View:
     mask: Bool[Tensor, "B z y x"] | None = None
     applied: tuple[dict[str, float], ...] = ()
     labels: Int[Tensor, "B Z Y X"] | None = None
+    clean: Float[Tensor, "B C Z Y X"] | None = None
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.voxels.shape[2:]))

@@ -25,12 +25,14 @@ from nnssl_ext.errors import NnsslError
 EVERY_PAIR = [(method, backbone) for method in pretraining_methods() for backbone in BACKBONES]
 COMPARABLE = {
     "DINO3DTrainer": ("--head.prototypes", "64", "--teacher.patch_centring", "centre", "--freeze_last_layer", "1"),
+    "HierarchicalDenseTrainer": ("--contrast.voxels", "64", "--width", "8"),
     "IBOTTrainer": ("--head.prototypes", "64", "--freeze_last_layer", "1"),
     "RegistrationTrainer": ("--refinement", "0", "--places", "64", "--layer.search", "2"),  # Adam blows rounding up
     "SimSiamTrainer": ("--projector_dim", "32", "--predictor_dim", "16"),
+    "Vox2VecTrainer": ("--contrast.voxels", "64"),
 }
 """Settings with which batches of a method add up, and with which a few steps move all of it."""
-NEEDS_WHOLE_BATCHES = {"SimSiamTrainer"}
+NEEDS_WHOLE_BATCHES = {"HierarchicalDenseTrainer", "SimSiamTrainer", "Vox2VecTrainer"}
 """Methods with batch norm, whose statistics are those of a micro-batch over all processes."""
 
 

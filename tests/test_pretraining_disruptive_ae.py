@@ -12,7 +12,7 @@ from network_plans import swin_plans
 from tiny_dataset import BACKBONES, CONFIGURATION, CROP, job_of, log_of, plans_of, write_dataset
 
 from nnssl_ext.checkpoints.io import load_checkpoint
-from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.contracts import HounsfieldScale, PretrainPlan
 from nnssl_ext.engine import loop
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
@@ -148,11 +148,14 @@ def test_each_disruption_can_be_chosen(one):
 def test_noise_is_restated_for_ct_in_hounsfield_units():
     plans = plans_of("ResEncTiny")
     plan = pretrain_plan(plans, CONFIGURATION, 1)
-    assert plan.hu_per_unit == (None,)
+    assert plan.hounsfield == (None,)
     plans["configurations"][CONFIGURATION]["normalization_schemes"] = ["CTNormalization", "ZScoreNormalization"]
-    plans["foreground_intensity_properties_per_channel"] = {"0": {"std": 250.0}, "1": {"std": 7.0}}
+    plans["foreground_intensity_properties_per_channel"] = {
+        "0": {"mean": 50.0, "std": 250.0, "percentile_00_5": -900.0, "percentile_99_5": 1200.0},
+        "1": {"mean": 3.0, "std": 7.0, "percentile_00_5": 0.0, "percentile_99_5": 20.0},
+    }
     plan = pretrain_plan(plans, CONFIGURATION, 2)
-    assert plan.hu_per_unit == (250.0, None)
+    assert plan.hounsfield == (HounsfieldScale(50.0, 250.0, -900.0, 1200.0), None)
     method = DisruptiveAETrainer(DisruptiveAESettings(), build_backbone(plans, CONFIGURATION, 2), plan)
     # variance 0.1 of [-1000, 1000] HU scaled to [0, 1] is a standard deviation of 632.5 HU
     assert (method.noise_std * torch.tensor([250.0, 1.0])).tolist() == pytest.approx([632.46, 0.31623], rel=1e-4)

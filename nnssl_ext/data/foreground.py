@@ -48,7 +48,7 @@ def foreground_mask(image: Real[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X
         )
     inside = ~_padding(image)
     smooth = _smooth(image, inside)
-    threshold = _air_threshold(smooth[inside])
+    threshold = air_threshold(smooth[inside])
     found = inside if threshold is None else _tidy(inside & (smooth > threshold))
     return found if found.any() else inside
 
@@ -76,8 +76,12 @@ def _smooth(image: Real[np.ndarray, "Z Y X"], inside: Bool[np.ndarray, "Z Y X"])
     return ndimage.gaussian_filter(scaled, 1.0)
 
 
-def _air_threshold(values: Float[np.ndarray, " N"]) -> float | None:
-    """The first standard threshold with a compact dark class, or None where no air is in the image."""
+def air_threshold(values: Float[np.ndarray, " N"]) -> float | None:
+    """Where air ends, or None where no air is among the values: the first standard threshold with a compact dark class, or less.
+
+    Args:
+        values: intensities of any unit, without padding; noise should have been averaged.
+    """
     values = values[:: max(1, values.size // SAMPLE)]
     histogram = sitk.GetImageFromArray(values.reshape(1, 1, -1))
     for method in (sitk.OtsuThresholdImageFilter(), sitk.TriangleThresholdImageFilter()):

@@ -41,14 +41,20 @@ def matched_coordinates(view: View, other: View) -> Float[Tensor, "B Z Y X 3"]:
     """
     if view.cases != other.cases:
         raise ValueError(f"views of different cases have no common voxels: {view.cases} and {other.cases}")
-    between = torch.linalg.solve(other.affine.double(), view.affine.double())
+    between, _ = torch.linalg.solve_ex(other.affine.double(), view.affine.double())  # does not wait for the device
     return coordinates(between.to(view.affine.dtype), _size(view))
+
+
+def matched_voxels(view: View, other: View) -> tuple[Float[Tensor, "B Z Y X 3"], Bool[Tensor, "B Z Y X"]]:
+    """`matched_coordinates`, and True where that place lies in `other` and the point in the case."""
+    places = matched_coordinates(view, other)
+    size = torch.tensor(other.voxels.shape[2:], device=view.affine.device).expand(len(view.cases), 3)
+    return places, _within(places, size) & inside_case(view)[:, 0]
 
 
 def covisible(view: View, other: View) -> Bool[Tensor, "B 1 Z Y X"]:
     """True at voxels of `view` that show a point of the case which `other` shows too."""
-    size = torch.tensor(other.voxels.shape[2:], device=view.affine.device).expand(len(view.cases), 3)
-    return _within(matched_coordinates(view, other), size)[:, None] & inside_case(view)
+    return matched_voxels(view, other)[1][:, None]
 
 
 def matched_cells(view: View, other: View, stride: Size) -> tuple[Float[Tensor, "B z y x 3"], Bool[Tensor, "B z y x"]]:

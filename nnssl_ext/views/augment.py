@@ -14,7 +14,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnssl_ext.views.corruptions import bias_field, cutout, gibbs, histogram_shift, random_convolutions
-from nnssl_ext.views.filters import SPATIAL, Seeds, Strength, Voxels, gaussian, mean_std, separable, wide
+from nnssl_ext.views.filters import (
+    SPATIAL,
+    Seeds,
+    Strength,
+    Voxels,
+    gaussian,
+    gaussian_in_plane,
+    mean_std,
+    separable,
+    wide,
+)
+from nnssl_ext.views.local_corruptions import bezier, inpaint, shuffle
 
 
 def augment(voxels: Voxels, draws: Sequence[Mapping[str, float]]) -> Voxels:
@@ -54,6 +65,27 @@ def sharpen(voxels: Voxels, amount: Strength, seeds: Seeds) -> Voxels:
     """Add `amount` times what a Gaussian blur of 1 voxel takes away."""
     blurred = gaussian(voxels.clone(), torch.ones(len(amount)))
     return voxels.add_((voxels - blurred).mul_(wide(amount, voxels)))
+
+
+def axial_blur(voxels: Voxels, sigma: Strength, seeds: Seeds) -> Voxels:
+    """Gaussian blur with `sigma` voxels inside each slice along z."""
+    return gaussian_in_plane(voxels, sigma)
+
+
+def axial_sharpen(voxels: Voxels, amount: Strength, seeds: Seeds) -> Voxels:
+    """Add `amount` times what a Gaussian blur of 0.5 voxels inside each slice takes away (vox2vec)."""
+    blurred = gaussian_in_plane(voxels.clone(), torch.full_like(amount, 0.5))
+    return voxels.add_((voxels - blurred).mul_(wide(amount, voxels)))
+
+
+def floor(voxels: Voxels, lowest: Strength, seeds: Seeds) -> Voxels:
+    """Raise what is darker to this intensity."""
+    return torch.maximum(voxels, wide(lowest, voxels))
+
+
+def ceiling(voxels: Voxels, highest: Strength, seeds: Seeds) -> Voxels:
+    """Lower what is brighter to this intensity."""
+    return torch.minimum(voxels, wide(highest, voxels))
 
 
 def brightness(voxels: Voxels, factor: Strength, seeds: Seeds) -> Voxels:
@@ -107,9 +139,13 @@ AUGMENTATIONS: dict[str, Callable[[Voxels, Strength, Seeds], Voxels]] = {
     "random_convolutions": random_convolutions,
     "histogram_shift": histogram_shift,
     "bias_field": bias_field,
+    "axial_blur": axial_blur,
+    "axial_sharpen": axial_sharpen,
     "noise": noise,
     "blur": blur,
     "sharpen": sharpen,
+    "floor": floor,
+    "ceiling": ceiling,
     "brightness": brightness,
     "shift": shift,
     "contrast": contrast,
@@ -117,6 +153,9 @@ AUGMENTATIONS: dict[str, Callable[[Voxels, Strength, Seeds], Voxels]] = {
     "gamma_inverted": gamma_inverted,
     "gamma": gamma,
     "gibbs": gibbs,
+    "shuffle": shuffle,
+    "bezier": bezier,
+    "inpaint": inpaint,
     "cutout": cutout,
 }
 """In the order of application: the scanner's contrast and field, noise and resolution, the window, what is hidden."""

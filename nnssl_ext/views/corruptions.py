@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,9 +53,16 @@ def histogram_shift(voxels: Voxels, extent: Strength, seeds: Seeds) -> Voxels:
     for curve, share, seed in zip(curves, extent.tolist(), seeds, strict=True):
         inner = torch.rand(CONTROL_POINTS - 2, generator=torch.Generator().manual_seed(seed))
         curve[1:-1].lerp_(inner.sort().values, share)
+    return tone_curve(voxels, curves)
+
+
+def tone_curve(voxels: Voxels, curves: Float[Tensor, "B K"]) -> Voxels:
+    """Map each channel by its sample's curve: K values at equal steps from the channel's minimum to its maximum, both taken as
+    0 to 1, and straight lines between them."""
+    last = curves.shape[1] - 1
     low, high = voxels.amin(SPATIAL, keepdim=True), voxels.amax(SPATIAL, keepdim=True)
-    place = ((voxels - low) / (high - low).clamp(min=1e-7) * (CONTROL_POINTS - 1)).flatten(1)
-    below = place.long().clamp(0, CONTROL_POINTS - 2)  # below 0 only NaN, with which a step is skipped later
+    place = ((voxels - low) / (high - low).clamp(min=1e-7) * last).flatten(1)
+    below = place.long().clamp(0, last - 1)  # below 0 only NaN, with which a step is skipped later
     curves = curves.to(voxels.device, non_blocking=True)
     tone = torch.lerp(curves.gather(1, below), curves.gather(1, below + 1), place - below)
     return tone.view_as(voxels).mul_(high - low).add_(low)
@@ -94,12 +101,17 @@ def cutout(voxels: Voxels, share: Strength, seeds: Seeds) -> Voxels:
     """Replace random boxes, that together have at most `share` of the voxels, by each channel's mean."""
     size = voxels.shape[2:]
     boxes = torch.stack([_draw_boxes(size, limit, seed) for limit, seed in zip(share.tolist(), seeds, strict=True)])
+    hidden = boxes_mask(boxes, size, voxels.device)
+    return torch.where(hidden[:, None], voxels.mean(SPATIAL, keepdim=True), voxels)
+
+
+def boxes_mask(boxes: Int[Tensor, "B K 2 3"], size: torch.Size, device: torch.device) -> Bool[Tensor, "B Z Y X"]:
+    """True inside any of a sample's boxes, which are given by lower and upper corners."""
     inside = []  # per axis (B, K, length), 1 where a box reaches
     for axis, length in enumerate(size):
         place, (lower, upper) = torch.arange(length), boxes[..., axis, None].unbind(2)
-        inside.append(((place >= lower) & (place < upper)).float().to(voxels.device, non_blocking=True))
-    hidden = torch.einsum("bkz,bky,bkx->bzyx", *inside) > 0
-    return torch.where(hidden[:, None], voxels.mean(SPATIAL, keepdim=True), voxels)
+        inside.append(((place >= lower) & (place < upper)).float().to(device, non_blocking=True))
+    return torch.einsum("bkz,bky,bkx->bzyx", *inside) > 0
 
 
 def _draw_boxes(size: torch.Size, share: float, seed: int) -> Int[Tensor, "K 2 3"]:

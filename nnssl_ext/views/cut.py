@@ -40,13 +40,15 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
         numbers = [number for number, draws in enumerate(by_view) if draws[0].size == size]
         affines = np.stack([[draw.affine for draw in by_view[number]] for number in numbers])
         voxels = resample(regions, affines, lower, size)
+        clean = [cut.clone() if by_view[number][0].clean else None for number, cut in zip(numbers, voxels, strict=True)]
         voxels = augment(voxels.flatten(0, 1), [draw.intensity for number in numbers for draw in by_view[number]])
         cut_labels: Sequence[Tensor | None] = [None] * len(numbers)
         if labels is not None:
             cut_labels = list(resample(labels, affines, lower, size, mode="nearest")[:, :, 0].to(torch.int16))
-        for number, cut, labels_cut, matrices in zip(
+        for number, cut, clean_cut, labels_cut, matrices in zip(
             numbers,
             voxels.unflatten(0, affines.shape[:2]),
+            clean,
             cut_labels,
             torch.from_numpy(affines).float().to(device, non_blocking=True),
             strict=True,
@@ -61,6 +63,7 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
                 mask=_masks(draws),
                 applied=tuple({**draw.facts, **draw.intensity} for draw in draws),
                 labels=labels_cut,
+                clean=clean_cut,
             )
     return tuple(views[number] for number in range(len(by_view)))
 

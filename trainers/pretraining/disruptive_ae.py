@@ -115,7 +115,7 @@ class DisruptiveAETrainer(nn.Module):
         self.pretrained_prefixes = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
         if isinstance(backbone, TokenBackbone):
             backbone.mask_token.requires_grad_(False)  # channels are hidden, not tokens
-        units = [1.0 if hu is None else CT_WINDOW / hu for hu in plan.hu_per_unit]
+        units = [1.0 if scale is None else CT_WINDOW / scale.std for scale in plan.hounsfield]
         self.noise_std = torch.tensor(units) * math.sqrt(settings.noise_variance)
         self.stem = StemMask(backbone.network)
         self.head = nn.Conv3d(backbone.decoder_channels[0], plan.channels, kernel_size=1)
