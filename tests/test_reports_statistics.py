@@ -158,5 +158,7 @@ class TestRuns:
         assert compare_runs(np.empty((0, 0)), np.empty((0, 0))).verdict() == "no difference shown: no case in common"
         same = compare_runs(np.ones((3, 8)), np.ones((3, 8)))
         assert (same.shown, same.low, same.high, same.cases.p) == (0, 0, 0, 1)
-        with pytest.raises(Exception, match=r"cannot be paired|Type-check"):  # the latter first, where tests check shapes
+        with pytest.raises(
+            Exception, match=r"cannot be paired|Type-check"
+        ):  # the latter first, where tests check shapes
             compare_runs(np.ones((3, 8)), np.ones((2, 8)))
