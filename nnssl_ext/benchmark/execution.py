@@ -146,7 +146,7 @@ def submit(
     by_job = dict(zip(jobs, waiting, strict=True))
     say(f"submitted {len(jobs)} jobs; nnssl_benchmark report {output} shows how far they are")
     failures: dict[Cell, str] = {}
-    for number, job in enumerate(submitit.helpers.as_completed(jobs), start=1):
+    for number, job in enumerate(submitit.helpers.as_completed(jobs, poll_frequency=2), start=1):
         say(f"{number}/{len(jobs)} {_outcome(by_job[job], output, job.exception(), failures)}")
     return failures
 

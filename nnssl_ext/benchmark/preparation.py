@@ -76,6 +76,13 @@ def check_arms(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
     about: dict[str, dict[str, Any]] = {}
     for arm in benchmark.arms:
         plans = benchmark.request(arm, max(benchmark.train_cases), benchmark.epochs[0], 0)["plans"]
+        cases = benchmark.preprocessed / plans["configurations"][benchmark.configuration]["data_identifier"]
+        if missing := [
+            c for c in (*benchmark.split.pool, *benchmark.split.test) if not (cases / f"{c}.b2nd").is_file()
+        ]:
+            raise NnsslError(
+                f"{cases} lacks {', '.join(missing[:5])}", f"nnUNetv2_preprocess -plans_name {arm.plans} ..."
+            )
         if arm.checkpoint is None:
             continue
         source = read_pretrained(arm.checkpoint)

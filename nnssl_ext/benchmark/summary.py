@@ -15,7 +15,7 @@ from nnssl_ext.reports.statistics import compare_runs
 Results = Mapping[Cell, dict[str, Any]]
 Budget = tuple[int, int]
 """Labelled cases and epochs."""
-Curve = Sequence[tuple[float, float]]
+Curve = Sequence[tuple[int | float, float]]
 """Work done (iterations or seconds) and Dice, work ascending."""
 
 
@@ -63,12 +63,12 @@ def summarise(record: dict[str, Any], cells: Sequence[Cell], output: Path) -> di
     }
 
 
-def reach(curve: Curve, level: float) -> float | None:
+def reach(curve: Curve, level: float) -> int | float | None:
     """The work at which a curve first is at or above `level`, interpolated between its points; None if it never is.
 
     What the curve does before its first point is not known, so a level below that point is reached there at the latest.
     """
-    before: tuple[float, float] | None = None
+    before: tuple[int | float, float] | None = None
     for work, dice in curve:
         if dice >= level:
             if before is None:
@@ -115,7 +115,7 @@ def _row(record: dict[str, Any], arm: str, budget: Budget, results: Results, lab
     }
 
 
-def _curve(results: Results, arm: str, budget: Budget, seeds: Sequence[int]) -> list[dict[str, float]]:
+def _curve(results: Results, arm: str, budget: Budget, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Mean Dice, iterations and training seconds at every evaluation."""
     mine = [result for cell, result in results.items() if _is(cell, arm, budget) and cell.seed in seeds]
     return [
@@ -170,7 +170,7 @@ def _compared(
     }
 
 
-def _reached(curve: Sequence[dict[str, float]], other: Sequence[dict[str, float]]) -> dict[str, float | None]:
+def _reached(curve: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, int | float | None]:
     """When `curve` reaches the Dice at which `other` ends."""
     level = other[-1]["dice"]
     return {"dice": level} | {
