@@ -7,17 +7,18 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import content_of
-from tiny_dataset import CONFIGURATION, DATASET, plans_of, write_dataset
+from checkpoint_helpers import content_of, nnssl_checkpoint
+from tiny_dataset import CONFIGURATION, CROP, DATASET, plans_of, write_dataset
 
 from nnssl_ext.benchmark import cell as cell_module
 from nnssl_ext.benchmark.cell import dice_of, work_on
 from nnssl_ext.benchmark.execution import write_job
 from nnssl_ext.benchmark.matrix import Benchmark, parse_arms
-from nnssl_ext.benchmark.preparation import check_arms, find_split
+from nnssl_ext.benchmark.preparation import check_arms, find_split, keep_checkpoints
 from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
@@ -173,6 +174,43 @@ def test_arms_are_fitted_before_any_work(benchmark, tmp_path):
     save_checkpoint(run / "checkpoint_final.pth", content_of(plans_of("ResEncTiny")))
     with pytest.raises(NnsslError):
         check_arms(benchmark)
+
+
+def test_a_run_that_is_still_training_may_overwrite_its_checkpoint(benchmark, training, tmp_path):
+    kept = keep_checkpoints(benchmark, tmp_path)
+    source, copy = benchmark.arms[1].checkpoint, kept.arms[1].checkpoint
+    assert copy.parent == tmp_path / "checkpoints" and copy.read_bytes() == source.read_bytes()
+    assert [cell.digest for cell in kept.cells()] == [cell.digest for cell in benchmark.cells()]
+    before = load_checkpoint(source)["network_weights"]
+    save_checkpoint(source, content_of(plans_of("PrimusTiny"), seed=7))
+    work_on(job_of(kept, "MAE", tmp_path))
+    name = next(key for key in before if key.startswith("eva.blocks"))
+    assert training.seen["weights"][name].equal(before[name])
+    assert keep_checkpoints(kept, tmp_path).arms[1].checkpoint == copy  # not copied again
+    later = keep_checkpoints(benchmark, tmp_path)
+    changed = [old.arm for old, new in zip(kept.cells(), later.cells(), strict=True) if old.digest != new.digest]
+    assert changed == ["MAE"]
+    with pytest.raises(NnsslError, match="has changed"):
+        folder = job_of(later, "MAE", tmp_path / "other")
+        later.arms[1].checkpoint.write_bytes(b"damaged")
+        work_on(folder)
+
+
+def test_checkpoints_of_nnssl_take_part(benchmark, training, tmp_path):
+    from nnssl_ext.networks.build import build_network
+
+    plans = plans_of("ResEncTiny")
+    kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    content = nnssl_checkpoint("ResidualEncoderUNet", build_network(plans, CONFIGURATION, 1, 1), [*CROP], kwargs)
+    file = tmp_path / "openmind.pth"
+    save_checkpoint(file, content)
+    arms = tuple(parse_arms([f"OpenMind={file}@nnsslResEncTinyPlans"], PLANS))
+    theirs = replace(benchmark, arms=arms, settings={"nnsslResEncTinyPlans": FinetuneSettings(evaluations=1)})
+    assert [arm.name for arm in arms] == ["scratch@nnsslResEncTinyPlans", "OpenMind"]
+    assert "(nnssl)" in check_arms(theirs)["OpenMind"]["about"]
+    work_on(job_of(theirs, "OpenMind", tmp_path / "out"))
+    arrived, given = training.seen["weights"], content["network_weights"]
+    assert all(arrived[key].equal(given[key]) for key in given if key.startswith("encoder."))
 
 
 def test_dice_is_told_by_case_as_the_files_are_named():

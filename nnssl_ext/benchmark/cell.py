@@ -23,7 +23,7 @@ from typing import Any
 
 from nnssl_ext.benchmark.matrix import FAILURE, RESULT
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import read_json, write_json
+from nnssl_ext.files import read_json, sha256_of, write_json
 from nnssl_ext.programs import program
 from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
 
@@ -44,13 +44,13 @@ def work_on(folder: Path) -> None:
         result = folder / RESULT
         if result.is_file() and read_json(result).get("digest") == job["digest"]:
             return
+        (folder / FAILURE).unlink(missing_ok=True)
         try:
             write_json(result, _trained(job, folder))
         except Exception as error:
             why = str(error) if isinstance(error, NnsslError) else f"{type(error).__name__}: {error}"
             write_json(folder / FAILURE, {"why": why})
             raise
-        (folder / FAILURE).unlink(missing_ok=True)
         shutil.rmtree(folder / "work")
 
 
@@ -110,6 +110,8 @@ def _weights(job: dict[str, Any], work: Path) -> Path | None:
     """The checkpoint, fitted to the plans; what it lacks is initialised by the cell's seed."""
     if job["checkpoint"] is None:
         return None
+    if sha256_of(Path(job["checkpoint"])) != job["request"]["checkpoint"]:
+        raise NnsslError(f"{job['checkpoint']} has changed", "start nnssl_benchmark segmentation again")
     import torch
 
     from nnssl_ext.checkpoints.adapt import adapt, read_pretrained

@@ -20,6 +20,8 @@ SCRATCH = "scratch"
 RECORD = "benchmark.json"
 RESULT = "result.json"
 FAILURE = "failure.json"
+OWN = {RECORD, "checkpoints"}
+"""What a benchmark that was stopped at its very start leaves."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,24 @@ def parse_arms(texts: Sequence[str], plans: str) -> list[Arm]:
     return [*(Arm(SCRATCH if name == plans else f"{SCRATCH}@{name}", name) for name in used), *found]
 
 
+def claim(benchmark: Benchmark, output: Path) -> None:
+    """Make sure that a folder is new, empty, or this benchmark's.
+
+    Raises:
+        NnsslError: it holds something else, or a benchmark of other test cases.
+    """
+    record = output / RECORD
+    if record.exists():
+        before = read_json(record)
+        if (before["dataset"], before["split"]["test"]) != (benchmark.dataset, list(benchmark.split.test)):
+            raise NnsslError(
+                f"{output} holds a benchmark of {before['dataset']} with other test cases",
+                "choose a new folder with -o",
+            )
+    elif output.exists() and any(path.name not in OWN for path in output.iterdir()):
+        raise NnsslError(f"{output} holds something else than a benchmark", "choose a new folder with -o")
+
+
 def save(benchmark: Benchmark, cells: Sequence[Cell], output: Path, about: dict[str, Any]) -> None:
     """Write ``benchmark.json``: the matrix and its cells, so that a report needs nothing else.
 
@@ -218,24 +238,16 @@ def save(benchmark: Benchmark, cells: Sequence[Cell], output: Path, about: dict[
         about: arm name -> what the page tells about it, in JSON types.
 
     Raises:
-        NnsslError: the folder holds something else, or a benchmark of other cases.
+        NnsslError: the folder cannot be claimed or written.
     """
-    record = output / RECORD
-    if record.exists():
-        before = read_json(record)
-        if (before["dataset"], before["split"]["test"]) != (benchmark.dataset, list(benchmark.split.test)):
-            raise NnsslError(
-                f"{output} holds a benchmark of {before['dataset']} with other test cases", "choose a new -o"
-            )
-    elif output.exists() and any(output.iterdir()):
-        raise NnsslError(f"{output} holds something else than a benchmark", "choose a new folder with -o")
+    claim(benchmark, output)
     content = {
         "version": version("nnssl-ext"),
         **asdict(benchmark),
         "about": about,
         "cells": [asdict(cell) for cell in cells],
     }
-    write_json(record, json.loads(json.dumps(content, default=str)))
+    write_json(output / RECORD, json.loads(json.dumps(content, default=str)))
 
 
 def load(output: Path) -> tuple[dict[str, Any], list[Cell]]:

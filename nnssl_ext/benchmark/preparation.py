@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.benchmark.matrix import Benchmark, Split
+from nnssl_ext.benchmark.matrix import Arm, Benchmark, Split
 from nnssl_ext.checkpoints.origin import pretraining_cases
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import NnsslError, unknown_name
-from nnssl_ext.files import read_json
+from nnssl_ext.files import read_json, sha256_of
 from nnssl_ext.plans import configuration_of, preprocessed_folder, read_plans
 
 
@@ -93,6 +96,35 @@ def check_arms(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
             "pretrained_on": _pretrained_on(arm.checkpoint, benchmark.split),
         }
     return about
+
+
+def keep_checkpoints(benchmark: Benchmark, output: Path) -> Benchmark:
+    """The benchmark with copies of its checkpoints, named by their content: a run that is still training may overwrite its own
+    at any time, and all cells of an arm must have the same weights.
+
+    Raises:
+        NnsslError: they cannot be written.
+    """
+
+    folder = output / "checkpoints"
+
+    def kept(arm: Arm) -> Arm:
+        if arm.checkpoint is None:
+            return arm
+        target = folder / f"{arm.name}-{sha256_of(arm.checkpoint)[:16]}.pth"
+        if target.exists():
+            return replace(arm, checkpoint=target)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            copy = Path(shutil.copyfile(arm.checkpoint, Path(scratch) / "copy.pth"))
+            target = folder / f"{arm.name}-{sha256_of(copy)[:16]}.pth"  # it may have changed since
+            copy.replace(target)
+        return replace(arm, checkpoint=target)
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return replace(benchmark, arms=tuple(kept(arm) for arm in benchmark.arms))
+    except OSError as error:
+        raise NnsslError(f"cannot copy checkpoints to {folder}: {error}", "free space, or choose another -o") from error
 
 
 def visible_gpus() -> list[str]:

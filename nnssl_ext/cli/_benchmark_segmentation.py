@@ -87,8 +87,8 @@ def add_parsers(commands: Any) -> None:
 def main(args: argparse.Namespace, rest: list[str]) -> int:
     """Run, or go on with, a benchmark."""
     from nnssl_ext.benchmark.execution import Workers, execute, submit
-    from nnssl_ext.benchmark.matrix import save
-    from nnssl_ext.benchmark.preparation import check_arms, visible_gpus
+    from nnssl_ext.benchmark.matrix import claim, save
+    from nnssl_ext.benchmark.preparation import check_arms, keep_checkpoints, visible_gpus
 
     benchmark = _benchmark(args, rest)
     device = device_name(args.device)
@@ -100,7 +100,10 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
     def say(line: str) -> None:
         out.print(line, markup=False)
 
+    parameters = _parameters(args.slurm or [])
+    claim(benchmark, args.o)
     about = check_arms(benchmark)
+    benchmark = keep_checkpoints(benchmark, args.o)
     cells = benchmark.cells()
     save(benchmark, cells, args.o, about)
     say(f"{benchmark.dataset}: {len(benchmark.split.test)} test cases, {benchmark.split.about}; {len(cells)} cells")
@@ -110,7 +113,7 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
     if args.dry_run:
         return _estimate(benchmark, cells, args, device, gpus, say)
     if args.slurm:
-        failures = submit(benchmark, cells, args.o, device, _parameters(args.slurm), say)
+        failures = submit(benchmark, cells, args.o, device, parameters, say)
     else:
         workers = Workers(benchmark, args.o, device, gpus)
         try:
