@@ -301,8 +301,9 @@ class TestSummary:
         assert (
             compared["verdict"].startswith("pretraining helps: +0.0") and "n = 8 cases x 3 seeds" in compared["verdict"]
         )
+        assert content["labels"] == {"1": "bright", "2": "2"}  # the dataset names one
         page = (output / "report.html").read_text()
-        for text in (compared["verdict"].split(" (")[0], "24 of 24 cells are done", "data:image/png"):
+        for text in ("bright", compared["verdict"].split(" (")[0], "24 of 24 cells are done", "data:image/png"):
             assert text in page
         assert 'src="http' not in page and "NaN" not in (output / "report.json").read_text()
 

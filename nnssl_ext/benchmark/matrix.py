@@ -245,6 +245,7 @@ def save(benchmark: Benchmark, cells: Sequence[Cell], output: Path, about: dict[
         "version": version("nnssl-ext"),
         **asdict(benchmark),
         "about": about,
+        "labels": _label_names(read_json(benchmark.preprocessed / "dataset.json")),
         "cells": [asdict(cell) for cell in cells],
     }
     write_json(output / RECORD, json.loads(json.dumps(content, default=str)))
@@ -260,6 +261,12 @@ def load(output: Path) -> tuple[dict[str, Any], list[Cell]]:
         raise NnsslError(f"{output} holds no benchmark ({RECORD})", "give the -o of nnssl_benchmark segmentation")
     content = read_json(output / RECORD)
     return content, [Cell(**cell) for cell in content["cells"]]
+
+
+def _label_names(dataset: dict[str, Any]) -> dict[str, str]:
+    """Label or region, as nnU-Net's summaries call it, -> name."""
+    labels = dataset["labels"].items()
+    return {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels}
 
 
 def digest_of(request: dict[str, Any]) -> str:

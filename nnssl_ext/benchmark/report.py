@@ -76,6 +76,8 @@ def _picture(
     preprocessed = Path(record["preprocessed"])
     names = read_json(preprocessed / "dataset.json")
     files = get_filenames_of_train_images_and_targets(str(folder("nnUNet_raw") / record["dataset"]))
+    if case not in files:
+        raise NnsslError(f"{folder('nnUNet_raw') / record['dataset']} does not hold {case}", "restore the raw dataset")
     image = sitk.ReadImage(files[case]["images"][0])
     maps = {"truth": preprocessed / "gt_segmentations" / f"{case}{names['file_ending']}"}
     for arm in (compared["first"], compared["second"]):

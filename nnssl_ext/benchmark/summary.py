@@ -48,7 +48,7 @@ def summarise(record: dict[str, Any], cells: Sequence[Cell], output: Path) -> di
         "split": record["split"],
         "cells": {"all": len(cells), "done": len(results)},
         "arms": [{**arm, **record["about"].get(arm["name"], {})} for arm in record["arms"]],
-        "labels": labels,
+        "labels": {label: record["labels"].get(label, label) for label in labels},
         "rows": [row for row in rows if row["seeds"]],
         "comparisons": comparisons,
         "verdicts": [f"{each['title']}: {each['verdict']}" for each in comparisons],

@@ -75,8 +75,8 @@ def _said(content: dict[str, Any]) -> list[str | Table]:
 
 
 def _rows(content: dict[str, Any]) -> Table:
-    labels = content["labels"] if 1 < len(content["labels"]) <= 6 else []
-    header = ["labelled", "iterations", "arm", "seeds", "Dice", *(f"Dice {name}" for name in labels), "seconds"]
+    labels = content["labels"] if 1 < len(content["labels"]) <= 6 else {}
+    header = ["labelled", "iterations", "arm", "seeds", "Dice", *labels.values(), "seconds"]
     rows: list[list[Cell]] = [
         [
             row["train_cases"],
@@ -84,7 +84,7 @@ def _rows(content: dict[str, Any]) -> Table:
             row["arm"],
             len(row["seeds"]),
             _number(row["dice"]) + ("" if row["sd_of_seeds"] is None else f" ± {row['sd_of_seeds']:.3f}"),
-            *(_number(row["dice_per_label"][name]) for name in labels),
+            *(_number(row["dice_per_label"][label]) for label in labels),
             f"{row['training_seconds']:.0f}",
         ]
         for row in content["rows"]
@@ -183,6 +183,7 @@ def _draw(content: dict[str, Any], folder: Path) -> list[Picture]:
             axes.errorbar(x, y, spread, fmt="o-", capsize=3, color=colours[name], label=name)
         axes.set_xscale("log")
         axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
         axes.set_title(f"{length} epochs", fontsize="medium")
         axes.set_xlabel("labelled cases")
     panels[0].set_ylabel("Dice")
@@ -204,7 +205,7 @@ def _draw(content: dict[str, Any], folder: Path) -> list[Picture]:
                 color=colours[row["arm"]],
                 label=row["arm"],
             )
-            axes.set_title(f"{row['train_cases']} labelled", fontsize="medium")
+            axes.set_title(f"{row['train_cases']} labelled, {row['epochs']} epochs", fontsize="medium")
             axes.set_xlabel(title)
             axes.set_ylabel("Dice")
         grid[0, 0].legend(fontsize="small")
