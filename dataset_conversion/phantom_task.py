@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnssl_ext.dataset_conversion.phantoms import LABELS, Phantom, PhantomSettings, generate_phantom
+from nnssl_ext.dataset_conversion.phantoms import Phantom, PhantomSettings, generate_phantom, labels_of
 from nnssl_ext.dataset_conversion.whole_folder import whole_folder
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import write_json
@@ -61,7 +61,7 @@ def _description(settings: PhantomSettings, names: list[str]) -> dict[str, objec
         "licence": "Apache-2.0",
         "tensorImageSize": "3D",
         "modality": {"0": {"mr": "MRI", "ct": "CT"}[settings.modality]},
-        "labels": {str(value): name for name, value in LABELS.items()},
+        "labels": {str(value): name for name, value in labels_of(settings).items()},
         "numTraining": len(names),
         "numTest": 0,
         "training": [{"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names],

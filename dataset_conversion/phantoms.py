@@ -20,6 +20,8 @@ from nnssl_ext.errors import NnsslError
 LABELS = {"background": 0, "organ": 1, "vessel": 2, "shell": 3, "nodules": 4, "bone": 5}
 AIR, FAT, SOFT, LUMEN = 0, 6, 7, 8
 """Tissues without a label, numbered after the labels; air is everything outside the body."""
+LESION, LESION_LABEL = 9, 6
+"""Tissue and label of lesions, which only some settings have (`labels_of`)."""
 
 # Per tissue, in the order of its number: mean, standard deviation between subjects, amplitude of the texture.
 HOUNSFIELD = np.array(
@@ -33,6 +35,7 @@ HOUNSFIELD = np.array(
         (-95, 8, 10),  # fat
         (45, 8, 15),  # soft tissue
         (0, 3, 2),  # lumen, fluid
+        (105, 10, 10),  # lesion
     ],
     float,
 )
@@ -47,6 +50,7 @@ RELATIVE_SIGNAL = np.array(
         (1.10, 0.08, 0.06),  # fat
         (0.60, 0.03, 0.05),  # soft tissue
         (0.30, 0.03, 0.02),  # lumen
+        (0.84, 0.04, 0.05),  # lesion
     ]
 )
 
@@ -54,6 +58,7 @@ TEXTURE_WAVELENGTHS = (4.0, 14.0)  # mm
 WARP_WAVELENGTHS = (50.0, 110.0)  # mm, around the size of the body
 BIAS_WAVELENGTHS = (80.0, 160.0)  # mm, a coil's reach
 POINT_SPREAD = 0.7  # mm, standard deviation of the Gaussian blur of the scanner
+LESION_RADII = (2.5, 5.0)  # mm, half axes of ellipsoids
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class PhantomSettings:
         spacing_jitter: each subject's spacing is this times a factor within 1 -+ jitter, per axis.
         deformation: strict bound of the warp's gradient, in [0, 1); below 1 no warp can fold. 0 is the template.
         noise: standard deviation of the noise, as a share of soft tissue in MR, of 100 HU in CT.
+        contrast: factor on what tells the structures inside the body from soft tissue, in (0, 1].
+        lesions: small ellipsoids per subject in organ and soft tissue, at places of its own, under a further label. They are
+            not in the template: the warp is the truth for everything else.
     """
 
     modality: Literal["mr", "ct"] = "mr"
@@ -75,6 +83,17 @@ class PhantomSettings:
     spacing_jitter: float = 0.1
     deformation: float = 0.8
     noise: float = 0.08
+    contrast: float = 1.0
+    lesions: int = 0
+
+
+HARD = PhantomSettings(noise=0.12, contrast=0.6, lesions=12)
+"""Many small structures at low contrast, for comparisons that the default phantoms are too easy for."""
+
+
+def labels_of(settings: PhantomSettings) -> dict[str, int]:
+    """Name -> value of the labels that these phantoms have."""
+    return {**LABELS, "lesions": LESION_LABEL} if settings.lesions else dict(LABELS)
 
 
 @dataclass(frozen=True)
@@ -115,13 +134,16 @@ def generate_phantom(settings: PhantomSettings, seed: int) -> Phantom:
     points = grid_points(np.round(np.asarray(settings.field_of_view) / spacing).astype(int), spacing)
     displacement = _warp(points, settings.deformation, rng)
     tissues = tissue_at(points + displacement)
-    contrast = RELATIVE_SIGNAL if settings.modality == "mr" else HOUNSFIELD
-    signal = _signal(tissues, points + displacement, spacing, contrast, rng)
+    if settings.lesions:
+        _add_lesions(tissues, points, settings.lesions, np.random.default_rng([seed, 1]))
+    looks = _looks(settings, last=LESION if settings.lesions else LUMEN)
+    signal = _signal(tissues, points + displacement, spacing, looks, rng)
     if settings.modality == "mr":
         image = _mr_scan(signal, points, settings.noise * RELATIVE_SIGNAL[SOFT, 0], rng)
     else:
         image = _ct_scan(signal, settings.noise * 100, rng)
     labels = np.where(tissues > max(LABELS.values()), 0, tissues).astype(np.uint8)
+    labels[tissues == LESION] = LESION_LABEL
     z, y, x = map(float, spacing)
     return Phantom(image.astype(np.float32), labels, (z, y, x), displacement.astype(np.float32))
 
@@ -161,6 +183,33 @@ def tissue_at(points: Float[np.ndarray, "3 Z Y X"]) -> UInt8[np.ndarray, "Z Y X"
     return tissues
 
 
+def _add_lesions(
+    tissues: UInt8[np.ndarray, "Z Y X"], points: Float[np.ndarray, "3 Z Y X"], count: int, rng: np.random.Generator
+) -> None:
+    """Draw `count` lesions into `tissues`, none of which touches another; they replace organ and soft tissue only.
+
+    Raises:
+        NnsslError: there is no room for so many.
+    """
+    host = np.isin(tissues, (LABELS["organ"], SOFT))
+    free = host.copy()
+    for _ in range(count):
+        if not free.any():
+            raise NnsslError(f"no room for {count} lesions in a phantom", "ask for fewer")
+        centre = points[:, free][:, rng.integers(free.sum())][:, None, None, None]
+        radii = rng.uniform(*LESION_RADII, 3)[:, None, None, None]
+        tissues[host & (np.sum(((points - centre) / radii) ** 2, axis=0) < 1)] = LESION
+        free &= np.sum((points - centre) ** 2, axis=0) > (2 * LESION_RADII[1] + 1) ** 2
+
+
+def _looks(settings: PhantomSettings, last: int) -> Float[np.ndarray, "tissues 3"]:
+    """Mean, spread and texture of the tissues up to number `last`."""
+    looks = (RELATIVE_SIGNAL if settings.modality == "mr" else HOUNSFIELD)[: last + 1].copy()
+    inside = [tissue for tissue in range(last + 1) if tissue not in (AIR, FAT)]
+    looks[inside, 0] = looks[SOFT, 0] + settings.contrast * (looks[inside, 0] - looks[SOFT, 0])
+    return looks
+
+
 def _warp(points: Float[np.ndarray, "3 Z Y X"], bound: float, rng: np.random.Generator) -> Float[np.ndarray, "3 Z Y X"]:
     """A sum of plane waves. The norm of its gradient is at most the sum over waves of amplitude times wave number; that
     sum is `bound` < 1, so ``p + u(p)`` is one-to-one and its Jacobian determinant positive everywhere."""
@@ -193,11 +242,11 @@ def _signal(
     tissues: UInt8[np.ndarray, "Z Y X"],
     template_points: Float[np.ndarray, "3 Z Y X"],
     spacing: Float[np.ndarray, " 3"],
-    contrast: Float[np.ndarray, "tissues 3"],
+    looks: Float[np.ndarray, "tissues 3"],
     rng: np.random.Generator,
 ) -> Float[np.ndarray, "Z Y X"]:
     """Mean and texture of each tissue, blurred as by a scanner's point spread."""
-    mean, spread, texture = contrast.T
+    mean, spread, texture = looks.T
     mean = rng.normal(mean, spread)
     return gaussian_filter(mean[tissues] + texture[tissues] * _texture(template_points), POINT_SPREAD / spacing)
 
@@ -221,6 +270,11 @@ def _mr_scan(
 def _check(settings: PhantomSettings) -> None:
     if not 0 <= settings.deformation < 1:
         raise NnsslError(f"phantom deformation {settings.deformation} may fold", "use a value in [0, 1)")
+    if not 0 < settings.contrast <= 1 or settings.lesions < 0:
+        raise NnsslError(
+            f"phantoms with contrast {settings.contrast} and {settings.lesions} lesions",
+            "use a contrast in (0, 1] and 0 or more lesions",
+        )
     if min(settings.spacing) <= 0 or min(np.divide(settings.field_of_view, settings.spacing)) < 8:
         raise NnsslError(
             f"phantoms of {settings.field_of_view} mm at {settings.spacing} mm have under 8 voxels along an axis",

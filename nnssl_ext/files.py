@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,25 @@ def read_json(source: str | os.PathLike[str]) -> Any:
         raise NnsslError(f"cannot read {source}: {error}", "check the path") from error
     except json.JSONDecodeError as error:
         raise NnsslError(f"{source} is not valid JSON: {error}", "restore or re-create the file") from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, read again only when time or size have changed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    known = path.stat()
+    return _sha256(path, known.st_mtime_ns, known.st_size)
+
+
+@cache
+def _sha256(path: Path, changed: int, size: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:

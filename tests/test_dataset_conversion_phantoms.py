@@ -1,5 +1,7 @@
 """Phantoms: what is in them, and that the saved warp is the warp."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.ndimage import label as connected_components
@@ -8,6 +10,7 @@ from scipy.ndimage import map_coordinates
 from nnssl_ext.dataset_conversion.phantoms import (
     AIR,
     FAT,
+    HARD,
     LABELS,
     LUMEN,
     SOFT,
@@ -15,6 +18,7 @@ from nnssl_ext.dataset_conversion.phantoms import (
     PhantomSettings,
     generate_phantom,
     grid_points,
+    labels_of,
     tissue_at,
 )
 from nnssl_ext.errors import NnsslError
@@ -161,3 +165,34 @@ def test_impossible_settings_are_named(wrong, named):
     settings = PhantomSettings(**wrong)
     with pytest.raises(NnsslError, match=named):
         generate_phantom(settings, 0)
+
+
+@pytest.mark.parametrize("modality", ["mr", "ct"])
+def test_hard_phantoms_have_many_small_lesions_at_low_contrast(modality):
+    settings = replace(HARD, modality=modality)
+    hard, plain = generate_phantom(settings, 3), generate_phantom(PhantomSettings(modality=modality), 3)
+    lesions = hard.labels == labels_of(settings)["lesions"]
+    _, count = connected_components(lesions)
+    assert count == settings.lesions  # none touches another, none is lost
+    volume = lesions.sum() * np.prod(hard.spacing) / count
+    assert 4 / 3 * np.pi * 2.5**3 * 0.5 < volume < 4 / 3 * np.pi * 5**3  # mm3; some are cut by neighbouring structures
+    assert np.array_equal(hard.labels[~lesions], plain.labels[~lesions])
+    assert set(np.unique(plain.labels[lesions])) <= {0, LABELS["organ"]}  # they replace organ and soft tissue
+    assert np.array_equal(hard.displacement, plain.displacement)
+
+    def separation(phantom):  # of organ and vessel, in standard deviations of the organ
+        organ, vessel = (phantom.image[phantom.labels == LABELS[name]] for name in ("organ", "vessel"))
+        return abs(organ.mean() - vessel.mean()) / organ.std()
+
+    assert separation(hard) < 0.8 * separation(plain)
+
+
+def test_lesions_lie_elsewhere_in_every_subject():
+    places = [np.argwhere(generate_phantom(HARD, seed).labels == labels_of(HARD)["lesions"]) for seed in (0, 1)]
+    assert {*map(tuple, places[0])} != {*map(tuple, places[1])}
+
+
+@pytest.mark.parametrize("wrong", [{"lesions": 400}, {"lesions": -1}, {"contrast": 0.0}])
+def test_impossible_lesions_are_refused(wrong):
+    with pytest.raises(NnsslError, match="lesions"):
+        generate_phantom(PhantomSettings(**wrong), 0)

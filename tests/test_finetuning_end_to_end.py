@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 # At the default rates the small ResEnc passes 0.8 Dice within 60 iterations (measured with 5 and 20 labelled cases);
 # the small Primus needs more than this test has time for, so it only has to come through.
 RUNS = {
-    "ResEncTiny": ({"epochs": 3, "iterations_per_epoch": 20}, 0.6),
+    "ResEncTiny": ({"epochs": 3, "iterations_per_epoch": 20, "evaluations": 1}, 0.6),
     "PrimusTiny": ({"epochs": 2, "iterations_per_epoch": 2}, 0.0),
 }
 
@@ -40,6 +40,9 @@ def test_stock_commands_train_and_predict(nnunet_env, test_data: Path, monkeypat
     assert "pretrained weights arrived: " in trained.stdout
     (model_folder,) = nnunet_env.results.glob(f"Dataset004_*/nnsslFinetuneTrainer__{plans_name}__3d_fullres")
     summary = model_folder / "fold_0" / "validation" / "summary.json"
+    for early in summary.parent.parent.glob("evaluation_epoch_*.json"):
+        assert len(json.loads(early.read_text())["summary"]["metric_per_case"]) == 2
+    assert (summary.parent.parent / "evaluation_epoch_1.json").exists() == ("evaluations" in settings)
     before = json.loads(summary.read_text())["foreground_mean"]["Dice"]
     nnunet_env.run("nnUNetv2_train", *model, "--val")
     assert json.loads(summary.read_text())["foreground_mean"]["Dice"] == pytest.approx(before, abs=1e-6)

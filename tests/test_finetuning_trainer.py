@@ -325,3 +325,31 @@ def test_batch_size_and_oversampling_reach_the_loader(bench) -> None:
     trainer.on_train_start()
     assert next(trainer.dataloader_train)["data"].shape[0] == 3
     assert all(trainer.dataloader_train.data_loader.get_do_oversample(i) for i in range(3))
+
+
+def test_evaluations_on_the_way_are_kept_and_change_nothing(bench, monkeypatch) -> None:
+    plain = bench.trainer("resenc")
+    plain.run_training()
+    trainer = bench.trainer("resenc", evaluations=3)
+    assert trainer.settings.evaluated_epochs == [1, 2]  # of four; an eighth is no epoch
+
+    def validate() -> None:
+        """What nnU-Net's validation leaves behind: a folder, a network in another mode, used random numbers."""
+        trainer.network.eval()
+        trainer.set_deep_supervision_enabled(True)
+        np.random.rand(trainer.current_epoch), torch.rand(3)
+        folder = Path(trainer.output_folder) / "validation"
+        folder.mkdir()  # fails if the one before is still there
+        (folder / "summary.json").write_text(json.dumps({"metric_per_case": [trainer.current_epoch]}))
+
+    monkeypatch.setattr(trainer, "perform_actual_validation", validate)
+    trainer.run_training()
+    assert not differing(trainer.network.state_dict(), plain.network.state_dict())
+    output = Path(trainer.output_folder)
+    found = {path.name: json.loads(path.read_text()) for path in output.glob("evaluation_epoch_*.json")}
+    assert set(found) == {"evaluation_epoch_1.json", "evaluation_epoch_2.json"}
+    assert [found[f"evaluation_epoch_{e}.json"]["summary"]["metric_per_case"] for e in (1, 2)] == [[1], [2]]
+    assert [found[f"evaluation_epoch_{e}.json"]["iterations"] for e in (1, 2)] == [2, 4]
+    record = json.loads((output / "finetuning.json").read_text())
+    seconds = [found[f"evaluation_epoch_{e}.json"]["training_seconds"] for e in (1, 2)] + [record["training_seconds"]]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] and record["iterations"] == 8

@@ -119,8 +119,8 @@ def _run(plan: Benchmark, against: Sequence[str], say: Any) -> int:
     from nnssl_ext.files import write_json
     from nnssl_ext.registration.benchmark.matrix import by_pair, choose, development_cells, execute, test_cells
     from nnssl_ext.registration.benchmark.summary import summarise
+    from nnssl_ext.reports.machine import machine
     from nnssl_ext.reports.registration_benchmark import write_benchmark_page
-    from nnssl_ext.reports.throughput import machine
 
     choices, tables = {}, {}
     failures: dict[str, str] = {}

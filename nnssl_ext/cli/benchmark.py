@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.catalogue import pretraining_methods
-from nnssl_ext.cli import _benchmark_registration
+from nnssl_ext.cli import _benchmark_registration, _benchmark_segmentation
 from nnssl_ext.cli._device import device_name
 from nnssl_ext.cli._run import run
 from nnssl_ext.cli._settings import settings_from_flags
@@ -55,6 +55,7 @@ def parser(synthetic: bool = False) -> argparse.ArgumentParser:
     )
     t.add_argument("-o", type=Path, metavar="FILE", help="write the JSON here instead of printing it")
     _benchmark_registration.add_parser(commands)
+    _benchmark_segmentation.add_parsers(commands)
     return p
 
 
@@ -68,6 +69,10 @@ def _main() -> int:
     args, rest = base.parse_known_args()
     if args.command == "registration":
         return _benchmark_registration.main(args, rest)
+    if args.command == "segmentation":
+        return _benchmark_segmentation.main(args, rest)
+    if args.command == "report":
+        return _benchmark_segmentation.report(args, rest)
     if args.synthetic and not args.crop:
         base.error("--synthetic needs --crop Z Y X")
     if not args.synthetic and not (args.dataset and args.configuration):
@@ -88,7 +93,8 @@ def _main() -> int:
 def _throughput(args: argparse.Namespace, rest: list[str], folder: Path) -> dict[str, Any]:
     import torch
 
-    from nnssl_ext.reports.throughput import machine, measure_data, measure_steps, measure_visible_against_all
+    from nnssl_ext.reports.machine import machine
+    from nnssl_ext.reports.throughput import measure_data, measure_steps, measure_visible_against_all
 
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,9 @@ from nnssl_ext.demo.runner import Step, exports_of
 from nnssl_ext.demo.settings import ARMS, CONFIGURATION, PLANS, DemoSettings
 from nnssl_ext.files import read_json
 from nnssl_ext.reports.curves import read_log
+from nnssl_ext.reports.machine import versions
 from nnssl_ext.reports.page import Code, Picture, Section, Table, write_page
 from nnssl_ext.reports.pictures import draw_planes, outline_colour
-
-PACKAGES = ("nnssl-ext", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "SimpleITK")
 
 
 def write_demo_page(
@@ -181,6 +179,6 @@ def _times(steps: Sequence[Step], seconds: dict[str, float]) -> Table:
 
 
 def _versions() -> Table:
-    rows = [(name, version(name)) for name in PACKAGES]
+    rows = list(versions().items())
     rows += [("Python", platform.python_version()), ("system", platform.platform()), ("CPU cores", str(os.cpu_count()))]
     return Table(("part", "version"), rows)

@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 import time
 import uuid
@@ -20,6 +19,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
+from nnssl_ext.programs import program
 
 TAIL = 15
 """Lines of its log shown when a step fails."""
@@ -128,7 +128,7 @@ class Runner:
             if self._stopped:
                 return False
             process = subprocess.Popen(
-                [_program(step.command[0]), *step.command[1:]],
+                [program(step.command[0]), *step.command[1:]],
                 env={**os.environ, **self.environment, **step.environment, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -181,15 +181,3 @@ class Runner:
 def exports_of(environment: Mapping[str, str], indent: str = "") -> list[str]:
     """Shell lines that set these variables."""
     return [f"{indent}export {name}={shlex.quote(value)}" for name, value in environment.items()]
-
-
-def _program(name: str) -> str:
-    """The console script of this very environment, whether or not it is activated.
-
-    Raises:
-        NnsslError: it is not installed.
-    """
-    found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
-    if not found:
-        raise NnsslError(f"the command {name} is not installed beside {sys.executable}", "pip install nnssl-ext")
-    return found

@@ -25,8 +25,9 @@ def draw_planes(
     png: Path,
     spacing: Sequence[float],
     labels: Mapping[str, Integer[np.ndarray, "_Z _Y _X"]] | None = None,
+    centre: Sequence[int] | None = None,
 ) -> None:
-    """Draw the three orthogonal planes through the middle of each volume; one column per volume, a row per plane and
+    """Draw three orthogonal planes of each volume, through `centre` or the middle; one column per volume, a row per plane and
     channel. Superior is up if z grows towards it, as in nnU-Net's arrays.
 
     Args:
@@ -35,6 +36,7 @@ def draw_planes(
         png: written atomically.
         spacing: mm along z, y, x.
         labels: name of a volume -> ``(Z, Y, X)`` label map whose outlines are drawn over it.
+        centre: voxel z, y, x that lies in all three planes.
 
     Raises:
         NnsslError: no volumes, or the picture cannot be written.
@@ -63,11 +65,11 @@ def draw_planes(
             low, high = windows[channel]
             origin = "upper" if plane == 0 else "lower"
             aspect = pixel_aspect(plane, spacing)
-            image = middle(pages[channel], plane)
+            image = _plane(pages[channel], plane, centre)
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, origin=origin, aspect=aspect, interpolation="nearest")
             axes.autoscale(False)  # outlines must not widen the view
             if name in labels:
-                _outline(axes, middle(labels[name], plane))
+                _outline(axes, _plane(labels[name], plane, centre))
     with atomic_write(png) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -84,6 +86,10 @@ def _is_rgb(volume: Shaped[np.ndarray, "_C _Z _Y _X"]) -> bool:
 def middle(volume: np.ndarray, plane: int) -> np.ndarray:
     """The plane through the middle voxel, perpendicular to axis `plane`."""
     return volume.take(volume.shape[plane] // 2, axis=plane)
+
+
+def _plane(volume: np.ndarray, plane: int, centre: Sequence[int] | None) -> np.ndarray:
+    return middle(volume, plane) if centre is None else volume.take(centre[plane], axis=plane)
 
 
 def pixel_aspect(plane: int, spacing: Sequence[float]) -> float:

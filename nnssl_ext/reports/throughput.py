@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import sys
 import time
@@ -15,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,23 +172,6 @@ class AllTokens(nn.Module):
         return unpatchify(prediction, self.backbone.token_size, (z, y, x)), features.summary
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on, without names of computers or people."""
-    described: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": device.type,
-    }
-    if device.type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
-    if hasattr(os, "getloadavg"):
-        described["load_average"] = round(os.getloadavg()[0], 1)
-    return described
-
-
 def _time_steps(parts: Parts, repeats: int, warm_up: int) -> dict[str, Any]:
     job, device = parts.job, parts.fabric.device
     if device.type == "cuda":
@@ -277,11 +257,3 @@ def _peak_memory_gb(device: torch.device) -> float | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

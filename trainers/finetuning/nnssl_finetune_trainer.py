@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ from nnssl_ext.trainers.finetuning.transfer import arrivals, restore, snapshot
 RECORD = "finetuning.json"
 """Written to the fold's folder: the settings, whether pretrained weights arrived, and the training cases."""
 
-_FREE_ON_RESUME = {"threads", "save_every"}
+EVALUATION = "evaluation_epoch_{}.json"
+"""Beside it, as often as `FinetuneSettings.evaluations` says: nnU-Net's summary of a validation before the end."""
+
+_FREE_ON_RESUME = {"threads", "save_every", "evaluations"}
 
 
 class nnsslFinetuneTrainer(nnUNetTrainer):
@@ -124,6 +128,37 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
         random.seed(int(words[0]))
         np.random.seed(words[1])
         torch.manual_seed(int(words[2]))
+
+    # --- evaluation on the way ------------------------------------------------------------------------------------
+
+    def on_epoch_end(self) -> None:
+        super().on_epoch_end()
+        if self.current_epoch in self.settings.evaluated_epochs:
+            self._evaluate()
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.local_rank == 0:
+            write_json(self._record_file, {**read_json(self._record_file), **self._spent()})
+
+    def _evaluate(self) -> None:
+        """nnU-Net's validation as after the last epoch; random numbers are seeded anew by the next epoch anyway."""
+        self.perform_actual_validation()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        if self.local_rank == 0:
+            validation = Path(self.output_folder) / "validation"
+            summary = {**self._spent(), "summary": read_json(validation / "summary.json")}
+            write_json(Path(self.output_folder) / EVALUATION.format(self.current_epoch), summary)
+            shutil.rmtree(validation)  # else cases of this one could pass for those of the last
+
+    def _spent(self) -> dict[str, int | float]:
+        """Work so far; seconds are the epochs' as nnU-Net times them, evaluations left out."""
+        ends, starts = (
+            self.logger.get_value(f"epoch_{name}_timestamps", step=None)[: self.current_epoch]
+            for name in ("end", "start")
+        )
+        seconds = sum(end - start for end, start in zip(ends, starts, strict=True))
+        return {"iterations": self.current_epoch * self.num_iterations_per_epoch, "training_seconds": seconds}
 
     # --- pretrained weights, resume -------------------------------------------------------------------------------
 

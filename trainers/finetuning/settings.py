@@ -58,6 +58,8 @@ class FinetuneSettings:
         train_cases: train on this many cases of the fold only; None takes all. Smaller subsets are contained in
             larger ones of the same ``subset_seed``; validation cases stay as they are.
         subset_seed: decides which cases.
+        evaluations: how often nnU-Net's final validation is done on the way too: after half of the epochs, a quarter, and so
+            on. Each leaves an ``evaluation_epoch_N.json`` in the fold's folder.
         seed: decides the initial weights, and batches and augmentation when ``nnUNet_n_proc_DA=0`` (worker processes
             deliver in no fixed order).
         threads: of torch on a CPU; None takes OMP_NUM_THREADS, which ``nnUNetv2_train -device cpu`` ignores.
@@ -89,6 +91,7 @@ class FinetuneSettings:
     intensity_augmentation: bool = True
     train_cases: int | None = None
     subset_seed: int = 0
+    evaluations: int = 0
     seed: int = 0
     threads: int | None = None
 
@@ -96,6 +99,12 @@ class FinetuneSettings:
     def total_iterations(self) -> int:
         """Optimiser steps of the whole run."""
         return self.epochs * self.iterations_per_epoch
+
+    @property
+    def evaluated_epochs(self) -> list[int]:
+        """Epochs, counted from 1, after which the validation cases are predicted; the last one is nnU-Net's own affair."""
+        halves = {self.epochs // 2**k for k in range(1, self.evaluations + 1)}
+        return sorted(halves - {0})
 
 
 PRIMUS = FinetuneSettings(
@@ -211,6 +220,7 @@ def _check(settings: FinetuneSettings) -> None:
     for name in ("batch_size", "train_cases", "threads"):
         value = getattr(settings, name)
         need(name, value is None or value >= 1, "at least 1, or null")
+    need("evaluations", settings.evaluations >= 0, "0 or more")
     for name in ("lr_encoder", "lr_decoder", "lr_scratch", "weight_decay", "freeze_lr_scale"):
         need(name, getattr(settings, name) >= 0, "0 or more")
     for name in ("warmup_share", "freeze_share", "oversample_foreground"):

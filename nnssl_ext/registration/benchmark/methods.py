@@ -6,16 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.checkpoints.origin import pretraining_cases
 from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import read_json
+from nnssl_ext.files import sha256_of
 from nnssl_ext.plans import configuration_of
 from nnssl_ext.registration.benchmark import classical
 from nnssl_ext.registration.features import RANDOM, FeatureSource, Intensity, load_features
@@ -78,7 +78,7 @@ class Method:
 
     def digest(self) -> dict[str, Any]:
         """What its figures depend on beside settings: names, and the content of files."""
-        return {"features": self.features, "files": {str(path): _digest(path) for path in self.files}}
+        return {"features": self.features, "files": {str(path): sha256_of(path) for path in self.files}}
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
@@ -174,13 +174,7 @@ def untrained_identity(path: Path) -> str | None:
 
 def pretrained_on(method: Method) -> list[tuple[str, set[str]]]:
     """Data set and cases that the method's checkpoints were trained on, from the settings file of their run, where it is."""
-    found = []
-    for path in method.checkpoints:
-        settings = path.parent / "settings.json"
-        if settings.is_file():
-            content = read_json(settings)
-            found.append((str(content.get("dataset", "")), set(content.get("cases", ()))))
-    return found
+    return [found for path in method.checkpoints if (found := pretraining_cases(path))]
 
 
 def _deform(pair: DescribedPair, solver: SolverSettings, strength: float | None) -> Field:
@@ -206,13 +200,3 @@ def _short(text: str) -> str:
         name = f"{path.parent.name} {path.name}".strip()
         names.append(f"random {name}" if part.startswith(RANDOM) else name)
     return "+".join(names)
-
-
-def _digest(path: Path) -> str:
-    known = path.stat()
-    return _sha256(path, known.st_mtime_ns, known.st_size)
-
-
-@cache
-def _sha256(path: Path, changed: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

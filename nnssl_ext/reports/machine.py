@@ -1,0 +1,43 @@
+"""What measured figures depend on: hardware and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("nnssl-ext", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "SimpleITK")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on, without names of computers or people."""
+    described: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    if hasattr(os, "getloadavg"):
+        described["load_average"] = round(os.getloadavg()[0], 1)
+    return described
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a result depends on."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
