@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.checkpoints.provenance import runs_behind
 from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import read_json
 from nnssl_ext.plans import configuration_of
 from nnssl_ext.registration.benchmark import classical
 from nnssl_ext.registration.features import RANDOM, FeatureSource, Intensity, load_features
@@ -173,14 +173,8 @@ def untrained_identity(path: Path) -> str | None:
 
 
 def pretrained_on(method: Method) -> list[tuple[str, set[str]]]:
-    """Data set and cases that the method's checkpoints were trained on, from the settings file of their run, where it is."""
-    found = []
-    for path in method.checkpoints:
-        settings = path.parent / "settings.json"
-        if settings.is_file():
-            content = read_json(settings)
-            found.append((str(content.get("dataset", "")), set(content.get("cases", ()))))
-    return found
+    """Data set and cases that the method's checkpoints were trained on, from the settings files of their runs, where they are."""
+    return [run for path in method.checkpoints for run in runs_behind(path)[0]]
 
 
 def _deform(pair: DescribedPair, solver: SolverSettings, strength: float | None) -> Field:
