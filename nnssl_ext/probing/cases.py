@@ -89,9 +89,9 @@ def read_labels(dataset: str, plans: dict[str, Any]) -> Labels:
     names = {_value(value): name for name, value in content["labels"].items()}
     scored = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     return Labels(
-        classes=max(manager.all_labels) + 1,
+        classes=int(max(manager.all_labels)) + 1,
         scored={names[_value(value)]: _value(value) for value in scored},
-        ignore=manager.ignore_label,
+        ignore=None if manager.ignore_label is None else int(manager.ignore_label),
     )
 
 

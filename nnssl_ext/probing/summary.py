@@ -172,7 +172,6 @@ def _compared(first: Row, second: Row) -> list[dict[str, Any]]:
     for figure, higher in FIGURES.items():
         for name, values in first.figures[figure].items():
             result = compare(values, second.figures[figure][name], higher)
-            numbers = {key: _finite(value) for key, value in asdict(result).items() if key != "higher_is_better"}
             found.append(
                 {
                     "head": first.head,
@@ -180,7 +179,8 @@ def _compared(first: Row, second: Row) -> list[dict[str, Any]]:
                     "second": second.features,
                     "figure": figure,
                     "class": name,
-                    **numbers,
+                    "n": result.n,
+                    **{key: _finite(getattr(result, key)) for key in ("difference", "low", "high", "p")},
                     "shown": result.shown,
                     "verdict": result.verdict(),
                 }

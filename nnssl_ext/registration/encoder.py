@@ -151,7 +151,10 @@ def trained_encoder(source: Source, device: torch.device, channels: int = CHANNE
     """
     pretrained = source.pretrained
     origin = pretrained.origin
-    encoder = _build(source.plans, source.configuration, device, f"{pretrained.method} ({origin})", channels)
+    about = f"{pretrained.method} ({origin})"
+    encoder = _initial(
+        source.plans, source.configuration, device, about, 0, channels
+    )  # what no training touched is alike too
     network = encoder.backbone.network
     table = transfer(pretrained, network, pretrained.architecture, channels, f"of {origin}")
     untrained = frozenset(table.keys("new"))
