@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.benchmark.matrix import Arm, Benchmark, Split
-from nnssl_ext.checkpoints.origin import pretraining_cases
+from nnssl_ext.checkpoints.provenance import runs_behind
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json, sha256_of
@@ -136,8 +136,15 @@ def visible_gpus() -> list[str]:
 
 
 def _pretrained_on(checkpoint: Path, split: Split) -> dict[str, Any] | None:
-    found = pretraining_cases(checkpoint)
-    if found is None:
+    """Dataset, number of cases and the test cases among them, of the run and those it started from; None if a part of that is
+    unknown and no test case is found in the rest."""
+    runs, unknown = runs_behind(checkpoint)
+    cases = set().union(*(known for _, known in runs))
+    seen = sorted(cases & {*split.test})
+    if unknown and not seen:
         return None
-    dataset, cases = found
-    return {"dataset": dataset, "cases": len(cases), "test_cases": sorted(cases & {*split.test})}
+    return {
+        "dataset": ", ".join(dict.fromkeys(dataset for dataset, _ in runs)),
+        "cases": len(cases),
+        "test_cases": seen,
+    }

@@ -26,6 +26,7 @@ from nnssl_ext.contracts import Backbone
 from nnssl_ext.data.cases import damaged
 from nnssl_ext.data.regions import read_region
 from nnssl_ext.records import Case, Size
+from nnssl_ext.registration.extraction import FeatureMap
 
 CASES = 16
 """Labelled cases, half of them to teach; forward passes through them take seconds on a CPU."""
@@ -96,29 +97,35 @@ class Probe:
         rows = []
         for crop in crops:
             voxels = torch.from_numpy(_read(crop, self.size))[None].to(device)
+            points = torch.from_numpy(crop.points).to(device)
             levels = backbone.forward_features(voxels).levels
-            place = (2 * torch.from_numpy(crop.points).float() + 1) / torch.tensor(self.size) - 1  # -1 and 1: the faces
-            grid = place.flip(-1).view(1, -1, 1, 1, 3).to(device)
-            sampled = [
-                functional.grid_sample(m.float(), grid, padding_mode="border", align_corners=False) for m in levels
-            ]
-            rows.append(torch.cat(sampled, dim=1)[0, :, :, 0, 0].T)
+            rows.append(torch.cat([FeatureMap.over(self.size, level[0]).at(points) for level in levels], dim=1))
         labels = np.concatenate([crop.labels for crop in crops])
         return torch.cat(rows), torch.from_numpy(labels).to(device)
 
 
 def linear(taught: Float[Tensor, "N C"], labels: Int[Tensor, " N"], asked: Float[Tensor, "M C"]) -> Int[Tensor, " M"]:
     """The classes that a logistic regression gives to `asked`. Features are standardised."""
-    counts = class_weights(labels)
-    classes = len(counts)
-    weight = torch.zeros(taught.shape[1], classes, device=taught.device, requires_grad=True)
-    bias = torch.zeros(classes, device=taught.device, requires_grad=True)
+    weight, bias = fit_linear(taught, labels, class_weights(labels))
+    return (asked @ weight + bias).argmax(dim=1)
+
+
+def fit_linear(
+    taught: Float[Tensor, "N C"], labels: Int[Tensor, " N"], importance: Float[Tensor, " K"]
+) -> tuple[Float[Tensor, "C K"], Float[Tensor, " K"]]:
+    """Weights and biases of a logistic regression on standardised features.
+
+    Args:
+        importance: what a voxel of each class counts.
+    """
+    weight = torch.zeros(taught.shape[1], len(importance), device=taught.device, requires_grad=True)
+    bias = torch.zeros(len(importance), device=taught.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = (
-            functional.cross_entropy(taught @ weight + bias, labels, weight=counts)
+            functional.cross_entropy(taught @ weight + bias, labels, weight=importance)
             + 0.5 * DECAY * weight.square().sum()
         )
         loss.backward()
@@ -126,23 +133,40 @@ def linear(taught: Float[Tensor, "N C"], labels: Int[Tensor, " N"], asked: Float
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return (asked @ weight + bias).argmax(dim=1)
+    return weight.detach(), bias.detach()
 
 
-def nearest(taught: Float[Tensor, "N C"], labels: Int[Tensor, " N"], asked: Float[Tensor, "M C"]) -> Int[Tensor, " M"]:
-    """The classes that the weighted nearest neighbours among `taught` give to `asked`."""
+def nearest(
+    taught: Float[Tensor, "N C"],
+    labels: Int[Tensor, " N"],
+    asked: Float[Tensor, "M C"],
+    importance: Float[Tensor, " K"] | None = None,
+) -> Int[Tensor, " M"]:
+    """The classes that the weighted nearest neighbours among `taught` give to `asked`.
+
+    Args:
+        importance: what a voxel of each class counts; `class_weights` of the labels if None.
+    """
     keys, queries = functional.normalize(taught, dim=1), functional.normalize(asked, dim=1)
     similarity, place = (queries @ keys.T).topk(min(NEIGHBOURS, len(keys)), dim=1)
-    counts = class_weights(labels)
+    counts = class_weights(labels) if importance is None else importance
     votes = torch.zeros(len(asked), len(counts), device=asked.device)
     votes.scatter_add_(1, labels[place], (similarity / TEMPERATURE).exp() * counts[labels[place]])
     return votes.argmax(dim=1)
 
 
-def class_weights(labels: Int[Tensor, " N"]) -> Float[Tensor, " K"]:
-    """The inverse square root of each class' frequency; 0 for one that does not occur."""
-    share = labels.bincount() / len(labels)
-    return torch.where(share > 0, share.clamp(min=1e-9).rsqrt(), 0.0)
+def class_weights(labels: Int[Tensor, " N"], population: Int[Tensor, " K"] | None = None) -> Float[Tensor, " K"]:
+    """What a voxel of each class counts: the inverse square root of its class' frequency; 0 for one that does not occur.
+
+    Args:
+        population: voxels per class where `labels` were not drawn evenly from them: classes then count as if they were.
+    """
+    drawn = labels.bincount(minlength=0 if population is None else len(population))
+    share = drawn / len(labels)
+    if population is None:
+        return torch.where(share > 0, share.clamp(min=1e-9).rsqrt(), 0.0)
+    true = population / population.sum()
+    return torch.where(drawn > 0, true.sqrt() / share.clamp(min=1e-9), 0.0)
 
 
 def dice(answer: Int[Tensor, " M"], truth: Int[Tensor, " M"]) -> float:

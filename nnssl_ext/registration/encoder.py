@@ -15,6 +15,7 @@ from torch import nn
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.nnssl_format import from_nnssl
 from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
+from nnssl_ext.checkpoints.provenance import TrainingCases, training_cases
 from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.checkpoints.transfer import transfer
 from nnssl_ext.contracts import Backbone
@@ -56,6 +57,17 @@ class Encoder:
     untrained: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
+    def require_decoder(self) -> None:
+        """Refuse a decoder that no training touched.
+
+        Raises:
+            NnsslError: it has such weights.
+        """
+        if any(key.startswith(self.backbone.decoder_prefixes) for key in self.untrained):
+            raise NnsslError(
+                f"{self.weights}: its training left the decoder untouched", "use the encoder's levels, such as encoder0"
+            )
+
     def normalise(self, raw: Real[np.ndarray, "Z Y X"]) -> Float[np.ndarray, "Z Y X"]:
         """The intensities that training saw: cropped to what is nonzero and normalised as nnU-Net does, on the scan's own
         grid; around the crop its border is repeated.
@@ -79,76 +91,128 @@ class Encoder:
         return np.pad(normal, beyond, mode="edge")
 
 
-def load_encoder(path: Path, device: torch.device) -> Encoder:
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint, read once: files of running trainings are replaced now and then.
+
+    Attributes:
+        pretrained: its weights and what is known of them.
+        plans, configuration: what builds its network.
+        learned_from: the cases behind it, as far as they are recorded.
+    """
+
+    pretrained: Pretrained
+    plans: dict[str, Any]
+    configuration: str
+    learned_from: TrainingCases
+
+
+def read_source(path: Path) -> Source:
     """The network in a checkpoint of ours, of nnssl (OpenMind), or of nnU-Net.
 
     Raises:
-        NnsslError: no checkpoint, one of another kind, or one without (all of) an encoder's weights.
+        NnsslError: no checkpoint, or one of another kind.
     """
     content = load_checkpoint(path)
     kind = kind_of(content, path.name)
     if kind == "nnssl_ext":
         source = from_ours(content, path.name)
         plans, configuration = content["nnssl_ext"]["plans"], content["nnssl_ext"]["configuration"]
-    elif kind == "nnunet":
+        return Source(source, plans, configuration, training_cases(path, content))
+    cases = training_cases(path, content)
+    if kind == "nnunet":
         plans, configuration = (content["init_args"].get(key) for key in ("plans", "configuration"))
         if not isinstance(plans, dict):
             raise NnsslError(
                 f"{path.name} does not say how its network is built", "use a checkpoint of nnU-Net 2.2 or newer"
             )
-        source = _from_nnunet(content, plans, configuration, path.name)
-    else:
-        source = from_nnssl(content, path.name)
-        plans, configuration = _plans_of(source), "3d_fullres"
-    encoder = _build(plans, configuration, device, f"{source.method} ({path.name})")
+        return Source(_from_nnunet(content, plans, configuration, path.name), plans, configuration, cases)
+    source = from_nnssl(content, path.name)
+    return Source(source, _plans_of(source), "3d_fullres", cases)
+
+
+def load_encoder(path: Path, device: torch.device) -> Encoder:
+    """The trained network in a checkpoint, for one channel.
+
+    Raises:
+        NnsslError: no checkpoint, one of another kind, or one without (all of) an encoder's weights.
+    """
+    return trained_encoder(read_source(path), device)
+
+
+def trained_encoder(source: Source, device: torch.device, channels: int = CHANNELS) -> Encoder:
+    """The network with the checkpoint's weights.
+
+    Args:
+        channels: of the images; where training had another number, the first layer's are summed and divided evenly.
+
+    Raises:
+        NnsslError: the checkpoint lacks (some of) an encoder's weights.
+    """
+    pretrained = source.pretrained
+    origin = pretrained.origin
+    about = f"{pretrained.method} ({origin})"
+    encoder = _initial(
+        source.plans, source.configuration, device, about, 0, channels
+    )  # what no training touched is alike too
     network = encoder.backbone.network
-    architecture = configuration_of(plans, configuration)["architecture"]
-    table = transfer(source, network, architecture, CHANNELS, f"of {path.name}")
+    table = transfer(pretrained, network, pretrained.architecture, channels, f"of {origin}")
     untrained = frozenset(table.keys("new"))
     lacking = sorted(key for key in untrained if key.startswith(encoder.backbone.encoder_prefixes))
     if lacking:
         raise NnsslError(
-            f"{path.name} lacks {len(lacking)} weights of the encoder, e.g. {lacking[0]}",
+            f"{origin} lacks {len(lacking)} weights of the encoder, e.g. {lacking[0]}",
             "use a checkpoint whose pretraining has an encoder (nnssl_inspect shows what is in it)",
         )
-    notes = list(source.notes)
-    if source.input_channels != CHANNELS:
-        notes.append(f"the network was trained on {source.input_channels} channels; their weights were summed for one")
+    notes = list(pretrained.notes)
+    if pretrained.input_channels != channels:
+        to = "one" if channels == 1 else str(channels)
+        notes.append(
+            f"the network was trained on {pretrained.input_channels} channels; their weights were summed for {to}"
+        )
     return replace(encoder, untrained=untrained, notes=tuple(notes))
 
 
+def untrained_encoder(source: Source, device: torch.device, seed: int, channels: int = CHANNELS) -> Encoder:
+    """The same network with nnU-Net's initial weights: the control."""
+    about = f"random weights, seed {seed} ({source.pretrained.origin})"
+    return _initial(source.plans, source.configuration, device, about, seed, channels)
+
+
 def random_encoder(path: Path, device: torch.device, seed: int = 0) -> Encoder:
-    """The same network as in plans or in a checkpoint of ours, with nnU-Net's initial weights: the control.
+    """The same network as in plans or in a checkpoint, with nnU-Net's initial weights, for one channel.
 
     Args:
-        path: a plans file (the first 3D configuration counts), or a checkpoint of ours.
+        path: a plans file (the first 3D configuration counts), or a checkpoint.
 
     Raises:
         NnsslError: neither of these.
     """
-    if path.suffix == ".json":
-        plans = read_json(path)
-        if not isinstance(plans, dict) or "configurations" not in plans:
-            raise NnsslError(f"{path} holds no plans", "give a plans file, such as a run's plans.json")
-        volumes = [name for name in plans["configurations"] if len(_found(plans, name).get("patch_size", ())) == 3]
-        if not volumes:
-            raise NnsslError(f"{path} has no 3D configuration", "give plans with one, such as 3d_fullres")
-        configuration = "3d_fullres" if "3d_fullres" in volumes else volumes[0]
-    else:
-        content = load_checkpoint(path)
-        if kind_of(content, path.name) != "nnssl_ext":
-            raise NnsslError(f"{path.name} was not written by nnssl_train", "give a plans file after random:")
-        plans, configuration = content["nnssl_ext"]["plans"], content["nnssl_ext"]["configuration"]
+    if path.suffix != ".json":
+        return untrained_encoder(read_source(path), device, seed)
+    plans = read_json(path)
+    if not isinstance(plans, dict) or "configurations" not in plans:
+        raise NnsslError(f"{path} holds no plans", "give a plans file, such as a run's plans.json")
+    volumes = [name for name in plans["configurations"] if len(_found(plans, name).get("patch_size", ())) == 3]
+    if not volumes:
+        raise NnsslError(f"{path} has no 3D configuration", "give plans with one, such as 3d_fullres")
+    configuration = "3d_fullres" if "3d_fullres" in volumes else volumes[0]
+    return _initial(plans, configuration, device, f"random weights, seed {seed} ({path.name})", seed, CHANNELS)
+
+
+def _initial(
+    plans: dict[str, Any], configuration: str, device: torch.device, weights: str, seed: int, channels: int
+) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _build(plans, configuration, device, f"random weights, seed {seed} ({path.name})")
+        return _build(plans, configuration, device, weights, channels)
 
 
-def _build(plans: dict[str, Any], configuration: str, device: torch.device, weights: str) -> Encoder:
+def _build(plans: dict[str, Any], configuration: str, device: torch.device, weights: str, channels: int) -> Encoder:
     found = configuration_of(plans, configuration)
     if len(found["patch_size"]) != 3:
-        raise NnsslError(f"configuration {configuration} of {weights} is 2D", "registration needs a 3D network")
-    backbone = build_backbone(plans, configuration, CHANNELS)
+        raise NnsslError(f"configuration {configuration} of {weights} is 2D", "a 3D network is needed")
+    backbone = build_backbone(plans, configuration, channels)
     module = cast(nn.Module, backbone).eval().requires_grad_(False).to(device)
     forward = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
     spacing = [0.0] * 3

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
 from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.records import Size
+from nnssl_ext.registration.tiling import Encode, tiled
 
 Volume = Float[Tensor, "C Z Y X"]
-Encode = Callable[[Tensor], Tensor]
-"""``(C, Z, Y, X)`` voxels to ``(E, z, y, x)`` features."""
-
 # Beyond these tokens attention, quadratic in them, takes minutes even where memory allows (a guess, not measured on GPUs).
 LONGEST_SEQUENCE = {"cpu": 20_000, "cuda": 300_000}
 # Live float32 values per channel and position at the widest point: residual, norm, q, k, v and both halves of a gated MLP of
@@ -66,12 +65,32 @@ class FeatureMap:
     stride: tuple[float, float, float]
     offset: tuple[float, float, float]
 
+    @classmethod
+    def over(cls, size: Size, values: Float[Tensor, "C z y x"]) -> FeatureMap:
+        """Features of cells that fill a volume of `size` voxels."""
+        sz, sy, sx = (n / count for n, count in zip(size, values.shape[1:], strict=True))
+        return cls(values, (sz, sy, sx), ((sz - 1) / 2, (sy - 1) / 2, (sx - 1) / 2))
+
     def on_grid(self, size: Size) -> Float[Tensor, "C Z Y X"]:
         """The features at every voxel of the volume, linearly interpolated; the outermost ones are repeated."""
         values = self.values
         for axis, (length, stride, offset) in enumerate(zip(size, self.stride, self.offset, strict=True), start=1):
             values = _interpolated(values, axis, length, stride, offset)
         return values
+
+    def at(self, points: Int[Tensor, "N 3"], mode: Literal["linear", "nearest"] = "linear") -> Float[Tensor, "N C"]:
+        """The features at some voxels z, y, x of the volume, interpolated, or those of the cell that the voxel lies in."""
+        size = points.new_tensor(self.values.shape[1:])
+        stride, offset = (torch.tensor(each, device=points.device) for each in (self.stride, self.offset))
+        place = (2 * (points - offset) / stride + 1) / size - 1  # -1 and 1: the outer faces of the map
+        found = functional.grid_sample(
+            self.values[None].float(),
+            place.float().flip(-1).view(1, -1, 1, 1, 3),
+            mode="bilinear" if mode == "linear" else "nearest",
+            padding_mode="border",
+            align_corners=False,
+        )
+        return found[0, :, :, 0, 0].T
 
     def pick(self, mask: Bool[Tensor, "Z Y X"]) -> Bool[Tensor, "z y x"]:
         """The mask's value at the voxel nearest to each feature; False for features of what filled the volume up."""
@@ -108,16 +127,12 @@ def extract(
     if zoom > 1:
         volume = functional.interpolate(volume[None], scale_factor=zoom, mode="trilinear", align_corners=False)[0]
     needed = [n + edge - small for n, edge, small in zip(volume.shape[1:], stride, step, strict=True)]
-    padded = _size(-(-n // unit) * unit for n, unit in zip(needed, backbone.divisor, strict=True))
-    tile = settings.tile
-    if tile is None and patch_size is not None and not fits(backbone, padded, settings.memory_gib, volume.device):
-        tile = patch_size
-    if tile is not None:
-        encode = _tiled(encode, backbone.divisor, tile, settings.overlap)
+    padded = _divisible(needed, backbone.divisor)
+    encode = _in_tiles(encode, backbone, padded, settings, patch_size, volume.device)
     values: Tensor | None = None
     for index in itertools.product(*map(range, parts)):
         before = [number * small for number, small in zip(index, step, strict=True)]
-        found = encode(_padded(volume, before, padded)).float()
+        found = encode(_padded(volume, before, padded))[0].float()
         if parts == (1, 1, 1):
             values = found
             break
@@ -133,6 +148,27 @@ def extract(
     sz, sy, sx = (edge / zoom for edge in fine)
     oz, oy, ox = ((offset + 0.5) / zoom - 0.5 for offset in first)
     return FeatureMap(values, (sz, sy, sx), (oz, oy, ox))
+
+
+@torch.no_grad()
+def extract_pyramid(
+    backbone: Backbone, volume: Volume, patch_size: Size | None = None, decoder: bool = False
+) -> tuple[FeatureMap, ...]:
+    """Features of a whole volume on every level, finest first, from one pass per tile; see `extract`.
+
+    Args:
+        decoder: the decoder's maps and, below them, the encoder's coarsest, instead of the encoder's levels.
+    """
+
+    def encode(voxels: Tensor) -> tuple[Tensor, ...]:
+        with torch.autocast(voxels.device.type, torch.bfloat16, enabled=voxels.device.type == "cuda"):
+            features = backbone.forward_features(voxels[None])
+            levels = (*backbone.forward_decoder(features).levels, features.levels[-1]) if decoder else features.levels
+            return tuple(level[0] for level in levels)
+
+    padded = _divisible(volume.shape[1:], backbone.divisor)
+    encode_all = _in_tiles(encode, backbone, padded, ExtractionSettings(), patch_size, volume.device)
+    return tuple(FeatureMap.over(padded, values.float()) for values in encode_all(_padded(volume, [0, 0, 0], padded)))
 
 
 def fits(backbone: Backbone, size: Size, memory_gib: float, device: torch.device) -> bool:
@@ -157,65 +193,27 @@ def _level(backbone: Backbone, settings: ExtractionSettings) -> tuple[Encode, Si
     if kind == "decoder" and settings.shifts > 1:
         raise NnsslError(f"shifted passes cannot be interlaced for {name}", "use an encoder level, or one pass")
 
-    def encode(voxels: Tensor) -> Tensor:
+    def encode(voxels: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(voxels.device.type, torch.bfloat16, enabled=voxels.device.type == "cuda"):
             features = backbone.forward_features(voxels[None])
-            return (features if kind == "encoder" else backbone.forward_decoder(features)).levels[index][0]
+            return ((features if kind == "encoder" else backbone.forward_decoder(features)).levels[index][0],)
 
     return encode, backbone.strides[index] if kind == "encoder" else (1, 1, 1)
 
 
-def _tiled(encode: Encode, divisor: Size, tile: Size, overlap: float) -> Encode:
-    """The same features from overlapping windows, blended linearly."""
-    if any(edge % unit for edge, unit in zip(tile, divisor, strict=True)):
-        raise NnsslError(f"tiles of {tile} voxels", f"make every edge a multiple of {divisor}")
-
-    def whole(volume: Tensor) -> Tensor:
-        size = _size(volume.shape[1:])
-        window = _size(map(min, tile, size))
-        steps = [
-            max(unit, int(edge * (1 - overlap)) // unit * unit) for edge, unit in zip(window, divisor, strict=True)
-        ]
-        starts = [_starts(n, edge, step) for n, edge, step in zip(size, window, steps, strict=True)]
-        total = weights = None
-        for lower in itertools.product(*starts):
-            part = encode(volume[(slice(None), *(slice(a, a + n) for a, n in zip(lower, window, strict=True)))]).float()
-            stride = [edge // count for edge, count in zip(window, part.shape[1:], strict=True)]
-            if total is None or weights is None:
-                shape = [n // edge for n, edge in zip(size, stride, strict=True)]
-                total, weights = part.new_zeros((len(part), *shape)), part.new_zeros(shape)
-            ramps = [
-                _ramp(count, edge, n - step, at > 0, at + n < end).to(part)
-                for count, edge, n, step, at, end in zip(
-                    part.shape[1:], stride, window, steps, lower, size, strict=True
-                )
-            ]
-            weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
-            place = tuple(
-                slice(at // edge, at // edge + count)
-                for at, edge, count in zip(lower, stride, part.shape[1:], strict=True)
-            )
-            total[(slice(None), *place)] += part * weight
-            weights[place] += weight
-        assert total is not None and weights is not None
-        return total / weights
-
-    return whole
-
-
-def _starts(length: int, window: int, step: int) -> list[int]:
-    """First voxels of windows that cover an axis, the last one flush with its end."""
-    return [*range(0, length - window, step), length - window]
-
-
-def _ramp(count: int, stride: int, shared: int, left: bool, right: bool) -> Float[Tensor, " N"]:
-    """Weights along one axis of a tile: 0 in the outer quarter of what it shares with a neighbour, then rising to 1."""
-    centres = (torch.arange(count) + 0.5) * stride
-    weight = torch.ones(count)
-    for neighbour, distance in ((left, centres), (right, count * stride - centres)):
-        if neighbour and shared:
-            weight = torch.minimum(weight, ((distance - shared / 4) / (shared / 2)).clamp(0, 1))
-    return weight
+def _in_tiles(
+    encode: Encode,
+    backbone: Backbone,
+    size: Size,
+    settings: ExtractionSettings,
+    patch_size: Size | None,
+    device: torch.device,
+) -> Encode:
+    """The same for volumes that do not fit, or where tiles are asked for."""
+    tile = settings.tile
+    if tile is None and patch_size is not None and not fits(backbone, size, settings.memory_gib, device):
+        tile = patch_size
+    return encode if tile is None else tiled(encode, backbone.divisor, tile, settings.overlap)
 
 
 def _padded(volume: Volume, before: list[int], size: Size) -> Float[Tensor, "C z y x"]:
@@ -234,6 +232,11 @@ def _interpolated(values: Tensor, axis: int, length: int, stride: float, offset:
     share = (place - lower).to(values.dtype).view([-1 if other == axis else 1 for other in range(4)])
     first = values.index_select(axis, lower)
     return torch.lerp(first, values.index_select(axis, (lower + 1).clamp(max=last)), share)
+
+
+def _divisible(size: Iterable[int], divisor: Size) -> Size:
+    """The smallest size around `size` that the backbone takes."""
+    return _size(-(-n // unit) * unit for n, unit in zip(size, divisor, strict=True))
 
 
 def _size(lengths: Iterable[int]) -> Size:

@@ -228,12 +228,8 @@ def _source(name: str, device: torch.device, extraction: ExtractionSettings, see
             "give mind, intensity, a checkpoint, random:PLANS.json, or several joined by +",
         )
     encoder = load_encoder(Path(file), device)
-    if extraction.level.startswith("decoder") and any(
-        key.startswith(encoder.backbone.decoder_prefixes) for key in encoder.untrained
-    ):
-        raise NnsslError(
-            f"{file}: its training left the decoder untouched", "use a level of the encoder, such as encoder0"
-        )
+    if extraction.level.startswith("decoder"):
+        encoder.require_decoder()
     return Network(name, encoder, extraction)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nnssl_ext.checkpoints.io import load_checkpoint
-from nnssl_ext.checkpoints.origin import pretraining_cases
+from nnssl_ext.checkpoints.provenance import runs_behind
 from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import sha256_of
@@ -173,8 +173,8 @@ def untrained_identity(path: Path) -> str | None:
 
 
 def pretrained_on(method: Method) -> list[tuple[str, set[str]]]:
-    """Data set and cases that the method's checkpoints were trained on, from the settings file of their run, where it is."""
-    return [found for path in method.checkpoints if (found := pretraining_cases(path))]
+    """Data set and cases that the method's checkpoints were trained on, from the settings files of their runs, where they are."""
+    return [run for path in method.checkpoints for run in runs_behind(path)[0]]
 
 
 def _deform(pair: DescribedPair, solver: SolverSettings, strength: float | None) -> Field:
