@@ -18,7 +18,7 @@ from nnssl_ext.probing.run import Result, measure
 from nnssl_ext.probing.settings import ProbeSettings
 from nnssl_ext.probing.summary import Row, rows_of, summarise
 from nnssl_ext.registration.encoder import Source
-from nnssl_ext.reports.throughput import machine
+from nnssl_ext.reports.machine import machine
 
 Answers = dict[tuple[str, str], Int[np.ndarray, "Z Y X"]]
 """(features, head) -> labels of the first scored case."""
