@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -67,6 +68,15 @@ def read_json(source: str | os.PathLike[str]) -> Any:
         raise NnsslError(f"cannot read {source}: {error}", "check the path") from error
     except json.JSONDecodeError as error:
         raise NnsslError(f"{source} is not valid JSON: {error}", "restore or re-create the file") from error
+
+
+def sha256(source: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(source, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _umask() -> int:
