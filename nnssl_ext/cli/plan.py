@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-overwrite_plans_name", help="name of the plans (default: the planner's)")
     p.add_argument("--token_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels per token (Primus)")
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels; also the global crop")
+    p.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU that CT is clipped to (default: percentiles)"
+    )
     p.add_argument("--batch_size", type=int, help="cases per step, in pretraining and in nnU-Net")
     p.add_argument("--global_views", type=int, default=1, help="global crops per case to plan memory for (default: 1)")
     p.add_argument("--local_views", type=int, default=0, help="local crops per case to plan memory for (default: 0)")
@@ -93,13 +96,17 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
         plans_name=args.overwrite_plans_name,
         overwrite_target_spacing=args.overwrite_target_spacing,
     )
-    planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size)
+    planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size, _window(args.window))
     planner.views = Views(args.global_views, args.local_views, args.teacher)
     return planner
 
 
 def _size(values: list[int] | None) -> tuple[int, int, int] | None:
     return (values[0], values[1], values[2]) if values else None
+
+
+def _window(values: list[float] | None) -> tuple[float, float] | None:
+    return (values[0], values[1]) if values else None
 
 
 def _hours(plans: dict[str, Any], classes: int, views: Views, method: str) -> str:
