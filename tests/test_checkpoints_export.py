@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,17 @@ def test_adapting_the_folder_equals_adapting_the_checkpoint(exported):
     ]
     trained = [name for name in through[0]["network_weights"] if ".seg_layers." not in name]
     assert all(bits(through[0]["network_weights"][n]) == bits(through[1]["network_weights"][n]) for n in trained)
+
+
+def test_an_adapted_checkpoint_is_exported_with_its_origin(exported, tmp_path):
+    """Also one whose papers lack what nnssl's format asks for, as files of others may."""
+    content, folder = exported
+    source = replace(read_pretrained(folder), citations=[{"bibtex_citations": ["@article{x}"]}])
+    adapted = adapt(source, content["nnssl_ext"]["plans"], "3d_fullres", DATASET_JSON, "adaptedPlans")
+    save_checkpoint(tmp_path / "adapted.pth", adapted.content)
+    export(tmp_path / "adapted.pth", tmp_path / "shared")
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert "The weights were taken over from `out` (MAETrainer)." in card and "- @article{x}" in card
 
 
 def test_the_card_reads_as_the_hub_reads_it(exported):

@@ -80,7 +80,10 @@ def model_card(
     method = ours["method"].removesuffix("Trainer")
     schemes = found["normalization_schemes"]
     citations = [
-        {**citation, "papers": citation.get("apa_citations") or citation.get("bibtex_citations") or []}
+        {
+            "heading": f"{citation.get('type', 'Paper')}, {citation.get('name', '?')}",
+            "papers": citation.get("apa_citations") or citation.get("bibtex_citations") or [],
+        }
         for citation in content["citations"]
     ]
     environment = Environment(
