@@ -13,7 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from jaxtyping import Bool
 
-from nnssl_ext.data.foreground import foreground_mask
+from nnssl_ext.data.foreground import foreground_mask, lung_mask
 from nnssl_ext.data.scans import voxels
 from nnssl_ext.dataset_conversion.cases import (
     FOREGROUND_LABELS,
@@ -47,6 +47,7 @@ class PatchSettings:
         per_subject: crops per subject at most, None for no cap.
         subject_pattern: regular expression whose match in a case's name is its subject.
         seed: of all draws.
+        around: what counts as foreground: the patient ("body"), or the aerated lungs of a chest CT ("lungs").
     """
 
     count: int
@@ -58,6 +59,7 @@ class PatchSettings:
     per_subject: int | None = None
     subject_pattern: str = ".+"
     seed: int = 0
+    around: Literal["body", "lungs"] = "body"
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_foreground <= 1:
@@ -191,7 +193,9 @@ def _cases_of(dataset: Path, description: dict) -> list[PlannedCase]:
 def _cut(case: PlannedCase, settings: PatchSettings, masks_are_labels: bool) -> list[Patch] | NnsslError:
     try:
         image = read_volume(case.channels[0])
-        if masks_are_labels and case.label is not None:
+        if settings.around == "lungs":
+            mask = lung_mask(voxels(image, case.channels[0].path))
+        elif masks_are_labels and case.label is not None:
             mask = sitk.GetArrayFromImage(read_volume(case.label)) > 0
         else:
             mask = foreground_mask(voxels(image, case.channels[0].path))

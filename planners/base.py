@@ -30,11 +30,12 @@ MOST_CASES = 8
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user fixes by hand; None leaves it to the planner. Sizes in voxels z, y, x."""
+    """What a user fixes by hand; None leaves it to the planner. Sizes in voxels z, y, x; window in Hounsfield units."""
 
     token_size: Size | None = None
     patch_size: Size | None = None
     batch_size: int | None = None
+    window: tuple[float, float] | None = None
 
 
 class PretrainingPlanner(ExperimentPlanner):
@@ -160,8 +161,30 @@ class PretrainingPlanner(ExperimentPlanner):
             "configurations": {"3d_fullres": configuration},
             "experiment_planner_used": type(self).__name__,
             "label_manager": "LabelManager",
-            "foreground_intensity_properties_per_channel": fingerprint["foreground_intensity_properties_per_channel"],
+            "foreground_intensity_properties_per_channel": self.intensities(),
         }
+
+    def intensities(self) -> dict[str, dict[str, float]]:
+        """What nnU-Net's CTNormalization reads per channel: the fingerprint's, or the window asked for.
+
+        nnU-Net clips to the percentiles 0.5 and 99.5, subtracts the mean and divides by the standard deviation. A window
+        takes the place of all four, so that it becomes the range from -2 to 2 (our choice).
+
+        Raises:
+            NnsslError: a window without width, or no channel named CT to apply it to.
+        """
+        found: dict[str, dict[str, float]] = self.dataset_fingerprint["foreground_intensity_properties_per_channel"]
+        if self.overrides.window is None:
+            return found
+        low, high = self.overrides.window
+        tomograms = [str(i) for i, (scheme, _) in enumerate(self.normalization()) if scheme == "CTNormalization"]
+        if low >= high or not tomograms:
+            raise NnsslError(
+                f"window {low:g} to {high:g} HU for channels {', '.join(self.channel_names)}",
+                "give the lower bound first, and name CT channels CT in dataset.json (nnssl_convert --channels CT)",
+            )
+        window = {"percentile_00_5": low, "percentile_99_5": high, "mean": (low + high) / 2, "std": (high - low) / 4}
+        return {key: {**values, **window} if key in tomograms else values for key, values in found.items()}
 
     def own_configuration(
         self, spacing: list[float], median: list[float], data_identifier: str, architecture: dict[str, Any], patch: Size
@@ -224,6 +247,7 @@ class PretrainingPlanner(ExperimentPlanner):
                 "batch_size": "asked for"
                 if self.overrides.batch_size
                 else f"the largest up to {MOST_CASES} that fits {target:g} GB with {views}, all voxels encoded; at least 2",
+                **({"window": "asked for"} if self.overrides.window else {}),
                 **{
                     f"normalization of channel {index} ({channel})": reason
                     for index, (channel, (_, reason)) in enumerate(

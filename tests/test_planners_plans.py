@@ -173,6 +173,27 @@ def test_overrides(nnunet_env):
         unet.make_plans()
 
 
+def test_a_window_in_hounsfield_units_is_what_stock_nnunet_clips_to(nnunet_env):
+    """The planned numbers through nnU-Net's own CTNormalization: the window's ends become -2 and 2, what lies beyond is clipped."""
+    from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
+
+    write_dataset(nnunet_env, (40, 40, 40), channels=("CT", "MRI"))
+    planner = nnsslPlannerPrimusTiny("Dataset009_Boxes")
+    before = planner.make_plans()["foreground_intensity_properties_per_channel"]
+    planner.overrides = Overrides(window=(-1000.0, 1000.0))
+    plans = planner.make_plans()
+    after = plans["foreground_intensity_properties_per_channel"]
+    assert after["1"] == before["1"] and after["0"]["min"] == before["0"]["min"]
+    assert configuration_of(plans, "3d_fullres")["normalization_schemes"][0] == "CTNormalization"
+    assert configuration_of(plans, "3d_fullres")["nnssl"]["reasons"]["window"] == "asked for"
+    given = np.array([[[-3000.0, -1000.0, 0.0, 500.0, 1000.0, 3000.0]]], np.float32)
+    scaled = CTNormalization(use_mask_for_norm=False, intensityproperties=after["0"]).run(given.copy(), None)
+    assert np.allclose(scaled, [-2, -2, 0, 1, 2, 2])
+    planner.overrides = Overrides(window=(1000.0, -1000.0))
+    with pytest.raises(NnsslError, match="window 1000 to -1000 HU"):
+        planner.make_plans()
+
+
 def test_fingerprint_is_redone_only_when_images_change(nnunet_env):
     raw = write_dataset(nnunet_env, (16, 16, 16))
     path = nnunet_env.preprocessed / raw.name / FILE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
 from nnssl_ext.checkpoints.nnssl_format import from_nnssl
 from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
 from nnssl_ext.checkpoints.schema import kind_of
+from nnssl_ext.checkpoints.source import name_of
 from nnssl_ext.checkpoints.transfer import TransferTable, transfer
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
@@ -47,24 +49,28 @@ class Adapted:
     notes: tuple[str, ...] = ()
 
 
-def read_pretrained(path: Path, fix_nnssl_axes: bool = False) -> Pretrained:
+def read_pretrained(source: str | os.PathLike[str], fix_nnssl_axes: bool = False) -> Pretrained:
     """A pretraining checkpoint of ours, of nnssl or of OpenMind.
+
+    Args:
+        source: as `checkpoint_file` takes it.
+        fix_nnssl_axes: see `from_nnssl`.
 
     Raises:
         NnsslError: missing, damaged or foreign file, or a model that nnU-Net trained.
     """
-    content = load_checkpoint(path)
-    kind = kind_of(content, path.name)
+    content, name = load_checkpoint(source), name_of(source)
+    kind = kind_of(content, name)
     if kind == "nnunet":
         raise NnsslError(
-            f"{path.name} is a segmentation model that nnU-Net trained, not a pretraining checkpoint",
+            f"{name} is a segmentation model that nnU-Net trained, not a pretraining checkpoint",
             "to fine-tune it: nnUNetv2_move_plans_between_datasets, then nnUNetv2_train -pretrained_weights",
         )
     if kind == "nnssl":
-        return from_nnssl(content, path.name, fix_nnssl_axes)
+        return from_nnssl(content, name, fix_nnssl_axes)
     if fix_nnssl_axes:
-        raise NnsslError(f"{path.name} was not written by nnssl, its axes are in order", "leave --fix_nnssl_axes away")
-    return from_ours(content, path.name)
+        raise NnsslError(f"{name} was not written by nnssl, its axes are in order", "leave --fix_nnssl_axes away")
+    return from_ours(content, name)
 
 
 def adapted_name(base: str, name: str) -> str:

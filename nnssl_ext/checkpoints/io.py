@@ -6,14 +6,15 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nnssl_ext.checkpoints.safetensors_file import read_safetensors
 from nnssl_ext.checkpoints.schema import PLAIN
+from nnssl_ext.checkpoints.source import checkpoint_file
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
 
@@ -33,17 +34,20 @@ def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) ->
         torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of ours, of nnssl or of nnU-Net, on the CPU, with ``weights_only=True``.
+def load_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of ours, of nnssl or of nnU-Net, on the CPU, with ``weights_only=True`` or as safetensors.
 
     nnU-Net's own files hold NumPy scalars (its losses and Dice); these, and nothing else, are allowed in addition.
 
+    Args:
+        source: a file, an exported folder, or ``hf:OWNER/NAME[@REVISION]``, see `checkpoint_file`.
+
     Raises:
-        NnsslError: missing, damaged or foreign file. Code in a foreign pickle is not executed.
+        NnsslError: missing, damaged, tampered or foreign file. Code in a foreign pickle is not executed.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise NnsslError(f"no checkpoint at {path}", "check the path; nnssl_train writes checkpoint_final.pth")
+    path = checkpoint_file(source)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)

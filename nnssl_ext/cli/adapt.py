@@ -24,7 +24,12 @@ def parser() -> argparse.ArgumentParser:
         epilog="Every fine-tuning setting is a flag too and goes into the plans for nnsslFinetuneTrainer, e.g. "
         "--epochs 50 --schedule sawtooth; nnssl_adapt --settings lists them.",
     )
-    p.add_argument("checkpoint", type=Path, nargs="?", help="e.g. checkpoint_final.pth")
+    p.add_argument(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        help="e.g. checkpoint_final.pth, an exported folder, or hf:OWNER/NAME[@REVISION]",
+    )
     p.add_argument("-d", metavar="TARGET", help="data set id or name, e.g. 4 or Dataset004_Hippocampus")
     p.add_argument("-p", metavar="PLANS", help="existing plans of the data set, ours or nnU-Net's (default: derived)")
     p.add_argument("-c", metavar="CONFIG", default="3d_fullres", help="configuration of -p (default: 3d_fullres)")

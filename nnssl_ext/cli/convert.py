@@ -73,6 +73,7 @@ def _patches(a: argparse.Namespace) -> None:
         per_subject=a.per_subject,
         subject_pattern=a.subject_pattern,
         seed=a.seed,
+        around=a.around,
     )
     source = _existing(a.dataset)
     planned = plan_patches(source, settings, limit=a.limit, processes=a.processes)
@@ -274,6 +275,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("strict", "best-effort", "skip"),
         default="best-effort",
         help="where no crop reaches the share: call the case bad, take the best crop seen, or leave the crop out",
+    )
+    sub.add_argument(
+        "--around",
+        choices=("body", "lungs"),
+        default="body",
+        help="what crops must hold: the patient, or the aerated lungs of a chest CT (body)",
     )
     sub.add_argument("--attempts", type=_positive, default=50, metavar="N", help="draws per crop (50)")
     sub.add_argument("--per-subject", type=_positive, metavar="N", help="crops per subject at most")

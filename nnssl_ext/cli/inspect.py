@@ -16,7 +16,9 @@ def parser() -> argparse.ArgumentParser:
         prog="nnssl_inspect",
         description="Say what is in a checkpoint of nnssl-ext, nnssl (OpenMind) or nnU-Net. Nothing in the file is executed.",
     )
-    p.add_argument("checkpoint", type=Path, help="e.g. checkpoint_final.pth")
+    p.add_argument(
+        "checkpoint", type=Path, help="e.g. checkpoint_final.pth, an exported folder, or hf:OWNER/NAME[@REVISION]"
+    )
     p.add_argument("--json", action="store_true", help="print everything as JSON")
     p.add_argument("--keys", action="store_true", help="also list every weight with shape and type")
     return p
@@ -30,10 +32,11 @@ def main() -> None:
 def _main() -> int:
     args = parser().parse_args()
     from nnssl_ext.checkpoints.io import load_checkpoint
+    from nnssl_ext.checkpoints.source import name_of
     from nnssl_ext.checkpoints.summary import summarise
 
     content = load_checkpoint(args.checkpoint)
-    summary = summarise(content, args.checkpoint.name)
+    summary = summarise(content, name_of(args.checkpoint))
     if args.keys:
         summary["keys"] = {
             key: f"{'x'.join(map(str, value.shape)) or 'scalar'} {str(value.dtype).removeprefix('torch.')}"

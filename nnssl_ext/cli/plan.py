@@ -42,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-overwrite_plans_name", help="name of the plans (default: the planner's)")
     p.add_argument("--token_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels per token (Primus)")
     p.add_argument("--patch_size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="voxels; also the global crop")
+    p.add_argument(
+        "--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="HU that CT is clipped to (default: percentiles)"
+    )
     p.add_argument("--batch_size", type=int, help="cases per step, in pretraining and in nnU-Net")
     p.add_argument("--png", type=Path, help="picture of one batch (default: <plans>_crops.png in the current folder)")
     p.add_argument("--write", action="store_true", help="save the plans, as nnUNetv2_plan_experiment does")
@@ -96,12 +99,16 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
         plans_name=args.overwrite_plans_name,
         overwrite_target_spacing=args.overwrite_target_spacing,
     )
-    planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size)
+    planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size, _window(args.window))
     return planner
 
 
 def _size(values: list[int] | None) -> tuple[int, int, int] | None:
     return (values[0], values[1], values[2]) if values else None
+
+
+def _window(values: list[float] | None) -> tuple[float, float] | None:
+    return (values[0], values[1]) if values else None
 
 
 def _method(plans: dict[str, Any], name: str) -> Method:

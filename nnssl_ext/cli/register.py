@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-c",
         metavar="FEATURES",
-        help="a checkpoint of nnssl-ext, nnssl or nnU-Net; mind; intensity; random:PLANS.json, the same network untrained; or "
+        help="a checkpoint of nnssl-ext, nnssl or nnU-Net (also hf:OWNER/NAME); mind; intensity; random:PLANS.json, the same network untrained; or "
         "several joined by +. A network may be followed by @ and a level, e.g. last.pth@encoder1+mind",
     )
     p.add_argument("-o", type=Path, metavar="OUT", help="folder for the results")

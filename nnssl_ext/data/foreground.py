@@ -18,6 +18,7 @@ COMPACT = 0.25
 ABOVE_AIR, DEVIATIONS = 0.2, 5.0
 PADDING_SHARE = 0.01  # a lowest value this frequent, reaching the border, is padding and not measured
 COMPONENT_SHARE = 0.05  # pieces smaller than this part of the largest are table, noise or ghosts
+AERATED = -400.0  # HU; between aerated lung (about -850) and soft tissue (about 50), a usual threshold for lungs
 SAMPLE = 1_000_000  # voxels for the histogram; more change thresholds by less than one of its 256 bins
 
 
@@ -51,6 +52,29 @@ def foreground_mask(image: Real[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X
     threshold = air_threshold(smooth[inside])
     found = inside if threshold is None else _tidy(inside & (smooth > threshold))
     return found if found.any() else inside
+
+
+def lung_mask(image: Real[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
+    """Aerated lung of a chest CT: what is darker than `AERATED` inside the body, small pieces dropped.
+
+    Vessels, solid lesions and consolidation are not in it; gas in the bowel may be.
+
+    Args:
+        image: ``(Z, Y, X)`` Hounsfield units.
+
+    Returns:
+        ``(Z, Y, X)``, True in the lungs; never empty.
+
+    Raises:
+        NnsslError: no air inside a body: not a chest, or not Hounsfield units.
+    """
+    inside = foreground_mask(image) & (ndimage.gaussian_filter(image.astype(np.float32), 1.0) < AERATED)
+    found = _large_pieces(ndimage.binary_opening(inside))
+    if not found.any():
+        raise NnsslError(
+            f"no lungs: nothing inside the body is below {AERATED:g} HU", "use CT of the chest in Hounsfield units"
+        )
+    return found
 
 
 def _padding(image: Real[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
@@ -106,15 +130,20 @@ def _top_of_air(dark: Float[np.ndarray, " N"], bright: float) -> float:
 def _tidy(mask: Bool[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
     """Detach thin bridges, drop small pieces, fill what is enclosed in space or in any slice (lungs open at the top)."""
     opened = mask & ndimage.binary_dilation(ndimage.binary_erosion(mask, border_value=1))
-    labels, count = ndimage.label(opened if opened.any() else mask)
+    tidy = _large_pieces(opened if opened.any() else mask)
+    for axis in range(3):
+        tidy = _filled(tidy, tuple({0, 1, 2} - {axis}))
+    return tidy
+
+
+def _large_pieces(mask: Bool[np.ndarray, "Z Y X"]) -> Bool[np.ndarray, "Z Y X"]:
+    """Without the pieces smaller than `COMPONENT_SHARE` of the largest; an empty mask stays as it is."""
+    labels, count = ndimage.label(mask)
     if not count:
         return mask
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
-    tidy = (sizes >= COMPONENT_SHARE * sizes.max())[labels]
-    for axis in range(3):
-        tidy = _filled(tidy, tuple({0, 1, 2} - {axis}))
-    return tidy
+    return (sizes >= COMPONENT_SHARE * sizes.max())[labels]
 
 
 def _filled(mask: Bool[np.ndarray, "Z Y X"], axes: tuple[int, ...]) -> Bool[np.ndarray, "Z Y X"]:

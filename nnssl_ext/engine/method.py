@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,7 +65,7 @@ def begin(job: Job) -> Beginning:
     """
     if job.run.pretrained_weights is None:
         return Beginning(build_method(job))
-    source = read_pretrained(Path(job.run.pretrained_weights))
+    source = read_pretrained(job.run.pretrained_weights)
     backbone = _backbone(job)
     plan = job.plan
     architecture = configuration_of(job.plans, plan.configuration)["architecture"]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
+from nnssl_ext.checkpoints.source import with_local_files
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.records import Size
 from nnssl_ext.registration.encoder import Encoder, load_encoder, random_encoder
@@ -158,8 +159,8 @@ def load_features(
     """The sources that a user names.
 
     Args:
-        text: ``mind``, ``intensity``, a checkpoint, ``random:`` and a plans file or a checkpoint of ours, or several of these
-            joined by ``+``. A network may be followed by ``@`` and a level of its own, as in ``last.pth@decoder0+mind``.
+        text: ``mind``, ``intensity``, a checkpoint (also ``hf:OWNER/NAME``), ``random:`` and a plans file or a checkpoint of
+            ours, or several of these joined by ``+``. A network may be followed by ``@`` and a level of its own, as in ``last.pth@decoder0+mind``.
         extraction: how maps are read from networks.
         seed: of random weights.
 
@@ -167,6 +168,7 @@ def load_features(
         NnsslError: a name that is none of these, or a file that holds no network.
     """
     extraction = extraction or ExtractionSettings()
+    text = with_local_files(text)
     names = [text] if Path(text).is_file() else text.split("+")
     return tuple(_source(name.strip(), device, extraction, seed) for name in names)
 

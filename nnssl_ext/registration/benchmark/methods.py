@@ -14,6 +14,7 @@ import torch
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.provenance import runs_behind
 from nnssl_ext.checkpoints.schema import kind_of
+from nnssl_ext.checkpoints.source import with_local_files
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import sha256_of
 from nnssl_ext.plans import configuration_of
@@ -90,7 +91,7 @@ def parse_methods(texts: Sequence[str]) -> list[Method]:
     methods: list[Method] = []
     for text in texts:
         name, equals, features = text.partition("=")
-        method = Method(name if equals else _short(text), features if equals else text)
+        method = Method(name if equals else _short(text), with_local_files(features if equals else text))
         if method.name in {other.name for other in methods}:
             raise NnsslError(f"two methods are called '{method.name}'", "name them: NAME=FEATURES")
         if not method.name or method.name.startswith(".") or set(method.name) & set('/\\:*?"<>|'):
