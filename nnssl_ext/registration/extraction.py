@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +15,9 @@ from torch.nn import functional
 from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.records import Size
+from nnssl_ext.registration.tiling import Encode, tiled
 
 Volume = Float[Tensor, "C Z Y X"]
-Encode = Callable[[Tensor], Tensor]
-"""``(C, Z, Y, X)`` voxels to ``(E, z, y, x)`` features."""
 
 # Beyond these tokens attention, quadratic in them, takes minutes even where memory allows (a guess, not measured on GPUs).
 LONGEST_SEQUENCE = {"cpu": 20_000, "cuda": 300_000}
@@ -40,7 +39,8 @@ class ExtractionSettings:
         tile: voxels (of the enlarged volume) per pass; None: the whole volume where `memory_gib` and time allow, else tiles of
             the patch that the network was planned for.
         overlap: part of a tile's edge that it shares with the next tile. The outer quarter of it is not used at all, so that
-            tiles give what the whole volume gives to networks that see no further.
+            tiles give what the whole volume gives to networks that see no further. Instance norms see the whole volume in
+            either case (`tiling`), for one pass over all tiles per layer; attention ends where its tile ends.
         memory_gib: what one pass may take, by a rough estimate.
     """
 
@@ -113,7 +113,7 @@ def extract(
     if tile is None and patch_size is not None and not fits(backbone, padded, settings.memory_gib, volume.device):
         tile = patch_size
     if tile is not None:
-        encode = _tiled(encode, backbone.divisor, tile, settings.overlap)
+        encode = tiled(encode, backbone.network, backbone.divisor, tile, settings.overlap)
     values: Tensor | None = None
     for index in itertools.product(*map(range, parts)):
         before = [number * small for number, small in zip(index, step, strict=True)]
@@ -163,59 +163,6 @@ def _level(backbone: Backbone, settings: ExtractionSettings) -> tuple[Encode, Si
             return (features if kind == "encoder" else backbone.forward_decoder(features)).levels[index][0]
 
     return encode, backbone.strides[index] if kind == "encoder" else (1, 1, 1)
-
-
-def _tiled(encode: Encode, divisor: Size, tile: Size, overlap: float) -> Encode:
-    """The same features from overlapping windows, blended linearly."""
-    if any(edge % unit for edge, unit in zip(tile, divisor, strict=True)):
-        raise NnsslError(f"tiles of {tile} voxels", f"make every edge a multiple of {divisor}")
-
-    def whole(volume: Tensor) -> Tensor:
-        size = _size(volume.shape[1:])
-        window = _size(map(min, tile, size))
-        steps = [
-            max(unit, int(edge * (1 - overlap)) // unit * unit) for edge, unit in zip(window, divisor, strict=True)
-        ]
-        starts = [_starts(n, edge, step) for n, edge, step in zip(size, window, steps, strict=True)]
-        total = weights = None
-        for lower in itertools.product(*starts):
-            part = encode(volume[(slice(None), *(slice(a, a + n) for a, n in zip(lower, window, strict=True)))]).float()
-            stride = [edge // count for edge, count in zip(window, part.shape[1:], strict=True)]
-            if total is None or weights is None:
-                shape = [n // edge for n, edge in zip(size, stride, strict=True)]
-                total, weights = part.new_zeros((len(part), *shape)), part.new_zeros(shape)
-            ramps = [
-                _ramp(count, edge, n - step, at > 0, at + n < end).to(part)
-                for count, edge, n, step, at, end in zip(
-                    part.shape[1:], stride, window, steps, lower, size, strict=True
-                )
-            ]
-            weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
-            place = tuple(
-                slice(at // edge, at // edge + count)
-                for at, edge, count in zip(lower, stride, part.shape[1:], strict=True)
-            )
-            total[(slice(None), *place)] += part * weight
-            weights[place] += weight
-        assert total is not None and weights is not None
-        return total / weights
-
-    return whole
-
-
-def _starts(length: int, window: int, step: int) -> list[int]:
-    """First voxels of windows that cover an axis, the last one flush with its end."""
-    return [*range(0, length - window, step), length - window]
-
-
-def _ramp(count: int, stride: int, shared: int, left: bool, right: bool) -> Float[Tensor, " N"]:
-    """Weights along one axis of a tile: 0 in the outer quarter of what it shares with a neighbour, then rising to 1."""
-    centres = (torch.arange(count) + 0.5) * stride
-    weight = torch.ones(count)
-    for neighbour, distance in ((left, centres), (right, count * stride - centres)):
-        if neighbour and shared:
-            weight = torch.minimum(weight, ((distance - shared / 4) / (shared / 2)).clamp(0, 1))
-    return weight
 
 
 def _padded(volume: Volume, before: list[int], size: Size) -> Float[Tensor, "C z y x"]:
