@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoint_helpers import plans_of, primus, resenc
+from checkpoint_helpers import plans_of, primus, resenc, shake
 from torch.nn import functional
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.records import Features
-from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, extract, fits
+from nnssl_ext.registration import tiling
+from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, _level, extract, fits
 
 STRIDE = (4, 4, 2)
 
@@ -77,6 +78,31 @@ def test_tiles_equal_the_whole_for_a_network_that_sees_no_further_than_their_mar
     found = extract(tiled, volume, ExtractionSettings(tile=(12, 12, 12), overlap=0.4)).values
     assert set(tiled.sizes) != set(whole.sizes)
     assert (found - expected).abs().max() < 1e-5
+
+
+def uneven(*shape: int) -> torch.Tensor:
+    """Texture whose mean and contrast rise along every axis, so that every tile has statistics of its own."""
+    rise = sum(torch.meshgrid(*(torch.linspace(0, 1, n) for n in shape), indexing="ij"))
+    return (rise * (2 + torch.randn(shape, generator=torch.Generator().manual_seed(1))))[None]
+
+
+@pytest.mark.parametrize(("level", "layers"), [("encoder0", 3), ("encoder1", 6), ("decoder0", 7)])
+def test_tiles_equal_the_whole_for_a_network_that_normalises_over_all_it_sees(level, layers, monkeypatch):
+    """Tiles that normalise for themselves are far off (asked for below, so that the test can fail)."""
+    architecture = resenc(2, n_blocks_per_stage=[1, 1])
+    backbone = build_backbone(plans_of(architecture, [16, 16, 16]), "3d_fullres", 1).eval().requires_grad_(False)
+    shake(backbone.network)
+    volume, tiles = uneven(48, 40, 33), ExtractionSettings(level=level, tile=(40, 40, 24), overlap=0.9)
+    expected = extract(backbone, volume, ExtractionSettings(level=level)).values
+    found = extract(backbone, volume, tiles).values
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    asked = tiling._norms_before(_level(backbone, tiles)[0], backbone.network, backbone.divisor, volume)
+    assert len(asked) == layers  # each costs a pass, so none that the level does not depend on
+    norms = [module for module in backbone.network.modules() if isinstance(module, torch.nn.InstanceNorm3d)]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in norms)
+    monkeypatch.setattr(tiling, "_norms_before", lambda *_: [])
+    apart = extract(backbone, volume, tiles).values
+    assert float((apart - expected).norm() / expected.norm()) > 0.1
 
 
 def test_masks_are_read_at_the_features_places():

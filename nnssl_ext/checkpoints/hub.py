@@ -107,7 +107,7 @@ def _from_cache(hub: Any, repository: str, revision: str | None, why: str) -> Pa
         path = hub.try_to_load_from_cache(repository, file, revision=revision)
         if isinstance(path, str):
             expected = Path(path).resolve().name
-            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_of(path) != expected:
+            if re.fullmatch("[0-9a-f]{64}", expected) and sha256_of(Path(path)) != expected:
                 raise _changed(path, f"the hub's cache, which has it as {expected}")
             return Path(path)
     raise NnsslError(f"{why}; and nothing of it is in the cache", "connect, or copy the folder here and give its path")

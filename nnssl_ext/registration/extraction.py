@@ -39,7 +39,8 @@ class ExtractionSettings:
         tile: voxels (of the enlarged volume) per pass; None: the whole volume where `memory_gib` and time allow, else tiles of
             the patch that the network was planned for.
         overlap: part of a tile's edge that it shares with the next tile. The outer quarter of it is not used at all, so that
-            tiles give what the whole volume gives to networks that see no further.
+            tiles give what the whole volume gives to networks that see no further. Instance norms see the whole volume in
+            either case (`tiling`), for one pass over all tiles per layer; attention ends where its tile ends.
         memory_gib: what one pass may take, by a rough estimate.
     """
 
@@ -213,7 +214,7 @@ def _in_tiles(
     tile = settings.tile
     if tile is None and patch_size is not None and not fits(backbone, size, settings.memory_gib, device):
         tile = patch_size
-    return encode if tile is None else tiled(encode, backbone.divisor, tile, settings.overlap)
+    return encode if tile is None else tiled(encode, backbone.network, backbone.divisor, tile, settings.overlap)
 
 
 def _padded(volume: Volume, before: list[int], size: Size) -> Float[Tensor, "C z y x"]:

@@ -1,0 +1,47 @@
+"""An abdominal CT registered, at full resolution and by the command, to an MR-like copy of itself with a known warp between.
+
+`pytest -s -m "slow or not slow" tests/test_registration_abdomen.py` prints the figures of docs/registration.md.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from abdomen import write_abdomen
+
+from nnssl_ext.files import read_json
+
+
+@pytest.fixture(scope="module")
+def abdomen(test_data, tmp_path_factory):
+    return write_abdomen(test_data, tmp_path_factory.mktemp("abdomen"))
+
+
+@pytest.fixture
+def register(abdomen, nnunet_env, tmp_path):
+    """Runs the command with some features; returns the error in mm at every voxel of the body, and the measures."""
+
+    def run(features, *flags):
+        out = tmp_path / "out"
+        pair = ("-f", abdomen.fixed, "-m", abdomen.moving, "-o", out, "-device", "cpu")
+        nnunet_env.run("nnssl_register", *pair, "-c", features, *flags)
+        error, measures = abdomen.error(out / "displacement.nii.gz"), read_json(out / "measures.json")
+        seconds, memory = measures["seconds"], max(measures["peak_memory_gib"].values())
+        print(
+            f"\n{features} {' '.join(map(str, flags))}: TRE mean {error.mean():.2f}, median {np.median(error):.2f}, "
+            f"95th percentile {np.percentile(error, 95):.2f} mm; {measures['smoothness_foreground']}; "
+            f"{seconds['features']:.1f} s features, {seconds['solver']:.1f} s solver, {memory:.2f} GiB"
+        )
+        return error, measures
+
+    return run
+
+
+def test_mind_finds_the_warp_to_less_than_a_voxel(abdomen, register):
+    """Voxels of 3 mm; the warp moves them by 7 mm on average, and the contrasts have no monotone relation."""
+    before = np.linalg.norm(abdomen.truth, axis=-1)[abdomen.body]
+    print(f"\nbefore: mean {before.mean():.2f}, 95th percentile {np.percentile(before, 95):.2f} mm")
+    error, measures = register("mind")
+    assert before.mean() > 6.5
+    assert error.mean() < 2.75 and np.percentile(error, 95) < 6.5
+    assert measures["smoothness_foreground"]["fold_percent"] < 0.01
