@@ -146,6 +146,7 @@ def test_the_trained_parts_are_the_ones_that_get_a_gradient(cases, kind, backbon
     for name, parameter in method.backbone.network.named_parameters():
         assert name.startswith(method.pretrained_prefixes) == (parameter.grad is not None), name
     assert any("decoder" in prefix for prefix in method.pretrained_prefixes) or not decoder
+    assert method.cell == method.levels(torch.zeros(1, 1, *CROP))[1].strides[0]
     assert all(parameter.grad is not None for parameter in method.projector.parameters())
 
 

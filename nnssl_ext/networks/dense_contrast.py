@@ -15,7 +15,7 @@ from nnssl_ext.geometry.voxel_pairs import VoxelPairs, sample_pairs
 from nnssl_ext.networks.pyramid import Balance, Projector, Vectors, level_shares, look_up_all, pyramid, pyramid_channels
 from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.nt_xent import nt_xent
-from nnssl_ext.records import Features, View
+from nnssl_ext.records import Features, Size, View
 from nnssl_ext.views.anchored_pairs import body_mask, joined
 
 WATCHED = 64
@@ -90,6 +90,8 @@ class DenseContrast(nn.Module):
         if isinstance(backbone, TokenBackbone):
             backbone.mask_token.requires_grad_(False)  # nothing is masked
         self.optim_rules: tuple[OptimRule, ...] = ()
+        tokens = isinstance(backbone, TokenBackbone) and settings.decoder  # whose decoder ends at single voxels
+        self.cell: Size = (1, 1, 1) if tokens else backbone.strides[0]
 
     def levels(self, voxels: Float[Tensor, "B C Z Y X"]) -> tuple[Features, Features]:
         """The encoder's features, and the levels that vectors are made of."""
@@ -98,18 +100,23 @@ class DenseContrast(nn.Module):
         wanted = self.contrast_settings.levels
         return features, Features(every.levels[:wanted], every.strides[:wanted], every.summary)
 
+    def match(self, views: tuple[View, ...]) -> tuple[View, View, VoxelPairs]:
+        """The first and the second views as one batch each, and the body voxels that are compared."""
+        first, second = joined(views[0::2]), joined(views[1::2])
+        seeds = [int(facts["voxel_seed"]) for facts in first.applied]
+        voxels = self.contrast_settings.voxels
+        return first, second, sample_pairs(first, second, body_mask(first), voxels, self.cell, seeds)
+
     def contrast(self, views: tuple[View, ...]) -> Contrast:
         """The loss of all pairs; views alternate between first and second of a pair."""
-        settings, cases = self.contrast_settings, len(views[0].cases)
-        first, second = joined(views[0::2]), joined(views[1::2])
+        cases = len(views[0].cases)
+        first, second, pairs = self.match(views)
         features, levels = self.levels(torch.cat((first.voxels, second.voxels)))
-        seeds = [int(facts["voxel_seed"]) for facts in first.applied]
-        pairs = sample_pairs(first, second, body_mask(first), settings.voxels, levels.strides[0], seeds)
         sides = self._vectors(levels, pairs)
         embedded = [self.projector(torch.cat(side, dim=-1), pairs.valid) for side in sides]
         valid = rearrange(pairs.valid, "(p b) k -> b (p k)", b=cases)
         e1, e2 = (rearrange(side, "(p b) k d -> b (p k) d", b=cases) for side in embedded)
-        loss = nt_xent(e1, e2, valid, settings.temperature)
+        loss = nt_xent(e1, e2, valid, self.contrast_settings.temperature)
         shares = level_shares(sides[0], pairs.valid)
         terms = {f"share_level{number}": share for number, share in enumerate(shares)}
         terms["voxels"] = pairs.valid.float().sum(dim=1).mean()

@@ -117,7 +117,8 @@ def measure_steps(job: Job, repeats: int, warm_up: int = 2) -> dict[str, Any]:
 
     Returns:
         ``seconds``: per phase (``read``, ``views``, ``forward``, ``backward``, ``optimizer``) and ``step``, which is
-        everything but reading, as the loop runs it. ``step_over_passes``: the step over forward and backward, in wall-clock
+        everything but reading, as the loop runs it; also ``match``, the part of ``forward`` in which methods that compare
+        voxels find them. ``step_over_passes``: the step over forward and backward, in wall-clock
         and in CPU time: what views, optimiser, teacher and the host add. ``cases_per_s``: of reading and step together, in
         one process without reading workers. ``peak_memory_gb``: of the device, or of this process since its start on a CPU.
     """
@@ -214,6 +215,9 @@ def _step_by_phase(parts: Parts, batch: Any, watch: Stopwatch) -> None:
     parts.method.before_step(Progress(0, parts.job.total_steps))
     with watch.phase("views"):
         views = cut_views(batch, parts.fabric.device)
+    if hasattr(parts.method, "match"):
+        with watch.phase("match"):
+            parts.method.match(views)
     with watch.phase("forward"):
         loss, _ = parts.graph(views)
     with watch.phase("backward"):
