@@ -4,7 +4,10 @@ are split as said, and what the pretraining saw is named."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -26,6 +29,7 @@ from nnssl_ext.probing.run import measure
 from nnssl_ext.probing.scores import score
 from nnssl_ext.probing.settings import ProbeSettings
 from nnssl_ext.probing.summary import leaks_of
+from nnssl_ext.records import Case
 from nnssl_ext.registration.encoder import Source, read_source, trained_encoder, untrained_encoder
 from nnssl_ext.registration.extraction import FeatureMap
 
@@ -80,10 +84,14 @@ def test_one_class_in_the_cases_that_teach_is_named(tmp_path):
     for case in data.train:
         path = case.folder / f"{case.identifier}_seg.b2nd"
         path.unlink()
-        import blosc2
-
         blosc2.asarray(np.zeros((1, *case.shape), np.int8), urlpath=str(path))
     with pytest.raises(NnsslError, match="hold only label 0"):
+        measure(knows, data, QUICK, 0, CPU, "t")
+
+
+def test_a_label_that_is_not_listed_is_named(tmp_path):
+    data = replace(write_cases(tmp_path / "a"), labels=Labels(2, {"front": 1}, None))
+    with pytest.raises(NnsslError, match="case c0 has label 2, which dataset"):
         measure(knows, data, QUICK, 0, CPU, "t")
 
 
@@ -205,10 +213,6 @@ class TestWhatPretrainingSaw:
         return folder / "c.pth"
 
     def data(self) -> ProbeData:
-        from pathlib import Path
-
-        from nnssl_ext.records import Case
-
         cases = tuple(Case(name, Path(), 1, (9, 9, 9), (1.0, 1.0, 1.0)) for name in NAMES)
         return ProbeData("D", "P", "C", Labels(2, {"a": 1}, None), cases[:10], cases[10:], "")
 

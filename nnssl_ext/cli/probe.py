@@ -111,9 +111,9 @@ def _show(content: dict[str, Any]) -> None:
         table.add_row(row["head"], row["features"], *dice, _number(row["hd95_mm"][classes[0]]["mean"], 1))
     out.print(table)
     out.print(*content["verdicts"], sep="\n", markup=False)
-    for kind in ("leaks", "notes"):
-        for text in content[kind]:
-            out.print(f"{kind[:-1]}: {text}", markup=False)
+    for title, texts in (("leak check", content["leaks"]), ("note", content["notes"])):
+        for text in texts:
+            out.print(f"{title}: {text}", markup=False)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -130,9 +130,8 @@ def open_data(
     base = preprocessed_folder(dataset)
     z, y, x = (float(mm) for mm in found["spacing"])
     folder = base / str(found["data_identifier"])
-    names = [case.identifier for case in list_cases(folder, (z, y, x))]
-    split = split_cases(names, train, test, seed, _fold(base / SPLITS, fold))
-    cases = {case.identifier: case for case in list_cases(folder, (z, y, x), [*split.train, *split.test])}
+    cases = {case.identifier: case for case in list_cases(folder, (z, y, x))}
+    split = split_cases(list(cases), train, test, seed, _fold(base / SPLITS, fold))
     return ProbeData(
         dataset,
         plans["plans_name"],

@@ -26,7 +26,7 @@ class ProbeSettings:
     pyramid: Literal["encoder", "decoder"] = "encoder"
     interpolation: Literal["linear", "nearest"] = "linear"
     voxels: int = 16384
-    neighbours_of: int = 8192
+    neighbours_of: int = 4096
     width: int = 64
     iterations: int = 1000
     batch_size: int = 1024

@@ -103,7 +103,7 @@ def summarise(
 
 
 def leaks_of(source: Source, data: ProbeData) -> list[str]:
-    """Scored cases that the pretraining saw, by name; and what is not recorded of it."""
+    """Scored cases that the pretraining saw, by name; and what is not recorded of it. Empty where all is known and none was."""
     known = source.learned_from
     tested = [case.identifier for case in data.test]
     seen = sorted(set(tested) & known.names)

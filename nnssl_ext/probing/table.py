@@ -86,7 +86,7 @@ def build_table(
         seed: of the draw, which does not depend on the features.
 
     Raises:
-        NnsslError: the cases hold one class only.
+        NnsslError: the cases hold one class only, or a label that is not listed.
     """
     rng = np.random.default_rng(seed)
     rows: list[list[Tensor]] = []
@@ -95,7 +95,13 @@ def build_table(
     for region in regions:
         assert region.labels is not None
         points, values = draw_voxels(region.labels, max(classes, settings.voxels // count), ignore, rng)
-        population += np.bincount(region.labels[region.labels != ignore].ravel(), minlength=classes)
+        counts = np.bincount(region.labels[region.labels != ignore].ravel(), minlength=classes)
+        if len(counts) > classes:
+            raise NnsslError(
+                f"case {region.case.identifier} has label {len(counts) - 1}, which dataset.json does not list",
+                "correct the labels or dataset.json, and preprocess again",
+            )
+        population += counts
         places = torch.from_numpy(points).to(device)
         pyramid = describe(torch.from_numpy(region.voxels).to(device))
         rows.append([level.at(places, settings.interpolation) for level in pyramid])

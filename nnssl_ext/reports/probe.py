@@ -107,7 +107,8 @@ def _said(content: dict[str, Any]) -> list[str | Table]:
         about += f", step {progress.get('step')} of {progress['total']}"
     if data.get("dataset"):
         about += f", trained on {data.get('cases', '?')} cases of {data['dataset']}"
-    warned = [f"Leak: {text}." for text in content["leaks"]]
+    leaks = content["leaks"] or ["none of the scored cases was in the pretraining, by name"]
+    warned = [f"Leak check: {text}." for text in leaks]
     return [f"{about}.", *content["verdicts"], *warned, *(f"Note: {text}." for text in content["notes"])]
 
 
