@@ -47,7 +47,7 @@ def summarise(record: dict[str, Any], cells: Sequence[Cell], output: Path) -> di
         "configuration": record["configuration"],
         "split": record["split"],
         "cells": {"all": len(cells), "done": len(results)},
-        "arms": [{**arm, **record["about"].get(arm["name"], {})} for arm in record["arms"]],
+        "arms": [_told(arm, record["about"]) for arm in record["arms"]],
         "labels": {label: record["labels"].get(label, label) for label in labels},
         "rows": [row for row in rows if row["seeds"]],
         "comparisons": comparisons,
@@ -174,6 +174,12 @@ def _reached(curve: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -
         work: reach([(point[work], point["dice"]) for point in curve], level)
         for work in ("iterations", "training_seconds")
     }
+
+
+def _told(arm: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """An arm without the path of its checkpoint: reports are shared."""
+    file = Path(arm["checkpoint"]).name if arm["checkpoint"] else None
+    return {**arm, "checkpoint": file, **about.get(arm["name"], {})}
 
 
 def _warnings(record: dict[str, Any], results: Results) -> list[str]:

@@ -150,7 +150,7 @@ def _arms(content: dict[str, Any]) -> Table:
     for arm in content["arms"]:
         known = arm.get("pretrained_on")
         cases = f"{known['cases']} cases of {known['dataset']}" if known else "unknown"
-        file = Path(arm["checkpoint"]).name if arm["checkpoint"] else NONE
+        file = arm["checkpoint"] or NONE
         what = arm.get("about", "from scratch")
         rows.append((arm["name"], arm["plans"], file, what, cases if arm["checkpoint"] else NONE))
     return Table(("arm", "plans", "checkpoint", "what it is", "pretrained on"), rows)
