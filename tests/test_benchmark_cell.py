@@ -32,6 +32,8 @@ def benchmark(nnunet_env):
     folder = write_dataset(nnunet_env.preprocessed, cases=6)
     write_json(folder / "dataset_fingerprint.json", {})
     (folder / "gt_segmentations").mkdir()
+    for number in range(6):
+        (folder / "gt_segmentations" / f"case_{number:02d}.nii.gz").touch()
     run = nnunet_env.pretraining / "run"
     save_checkpoint(run / "checkpoint_final.pth", content_of(plans_of("PrimusTiny")))
     return Benchmark(
@@ -173,6 +175,9 @@ def test_arms_are_fitted_before_any_work(benchmark, tmp_path):
     assert check_arms(benchmark)["MAE"]["pretrained_on"]["test_cases"] == [benchmark.split.test[1]]
     save_checkpoint(run / "checkpoint_final.pth", content_of(plans_of("ResEncTiny")))
     with pytest.raises(NnsslError):
+        check_arms(benchmark)
+    (benchmark.preprocessed / "gt_segmentations" / f"{benchmark.split.test[0]}.nii.gz").unlink()
+    with pytest.raises(NnsslError, match=f"1 files are missing, such as .*{benchmark.split.test[0]}"):
         check_arms(benchmark)
 
 

@@ -301,6 +301,7 @@ class TestSummary:
         assert (
             compared["verdict"].startswith("pretraining helps: +0.0") and "n = 8 cases x 3 seeds" in compared["verdict"]
         )
+        assert content["arms"][1]["checkpoint"] == "checkpoint_final.pth"  # no path
         assert content["labels"] == {"1": "bright", "2": "2"}  # the dataset names one
         page = (output / "report.html").read_text()
         for text in ("bright", compared["verdict"].split(" (")[0], "24 of 24 cells are done", "data:image/png"):

@@ -67,25 +67,15 @@ def check_arms(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
         among them; None where the run's ``settings.json`` is not beside the checkpoint.
 
     Raises:
-        NnsslError: a checkpoint that cannot be read or does not fit, more labelled cases than there are, or no fingerprint.
+        NnsslError: a checkpoint that cannot be read or does not fit, more labelled cases than there are, or missing files.
     """
     from nnssl_ext.checkpoints.adapt import adapt, read_pretrained
 
-    if not (benchmark.preprocessed / "dataset_fingerprint.json").is_file():
-        raise NnsslError(
-            f"{benchmark.preprocessed} has no dataset_fingerprint.json", "nnUNetv2_extract_fingerprint -d ..."
-        )
     dataset = read_json(benchmark.preprocessed / "dataset.json")
+    _check_files(benchmark, dataset["file_ending"])
     about: dict[str, dict[str, Any]] = {}
     for arm in benchmark.arms:
         plans = benchmark.request(arm, max(benchmark.train_cases), benchmark.epochs[0], 0)["plans"]
-        cases = benchmark.preprocessed / plans["configurations"][benchmark.configuration]["data_identifier"]
-        if missing := [
-            c for c in (*benchmark.split.pool, *benchmark.split.test) if not (cases / f"{c}.b2nd").is_file()
-        ]:
-            raise NnsslError(
-                f"{cases} lacks {', '.join(missing[:5])}", f"nnUNetv2_preprocess -plans_name {arm.plans} ..."
-            )
         if arm.checkpoint is None:
             continue
         source = read_pretrained(arm.checkpoint)
@@ -96,6 +86,21 @@ def check_arms(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
             "pretrained_on": _pretrained_on(arm.checkpoint, benchmark.split),
         }
     return about
+
+
+def _check_files(benchmark: Benchmark, ending: str) -> None:
+    """Whether everything that trainings read is there; `ending` is that of label files."""
+    base, test = benchmark.preprocessed, benchmark.split.test
+    wanted = [base / "dataset_fingerprint.json", *(base / "gt_segmentations" / f"{case}{ending}" for case in test)]
+    for plans_name in benchmark.settings:
+        plans = read_plans(benchmark.dataset, plans_name)
+        data = base / configuration_of(plans, benchmark.configuration)["data_identifier"]
+        wanted += [data / f"{case}.b2nd" for case in (*benchmark.split.pool, *test)]
+    if missing := [path for path in wanted if not path.is_file()]:
+        raise NnsslError(
+            f"{len(missing)} files are missing, such as {missing[0]}",
+            f"nnUNetv2_preprocess -d {benchmark.dataset} -plans_name PLANS -c {benchmark.configuration}, after planning",
+        )
 
 
 def keep_checkpoints(benchmark: Benchmark, output: Path) -> Benchmark:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nnssl_ext.benchmark.matrix import Cell
-from nnssl_ext.reports.statistics import compare_runs
+from nnssl_ext.reports.statistics import compare_runs, finite
 
 Results = Mapping[Cell, dict[str, Any]]
 Budget = tuple[int, int]
@@ -47,7 +47,7 @@ def summarise(record: dict[str, Any], cells: Sequence[Cell], output: Path) -> di
         "configuration": record["configuration"],
         "split": record["split"],
         "cells": {"all": len(cells), "done": len(results)},
-        "arms": [{**arm, **record["about"].get(arm["name"], {})} for arm in record["arms"]],
+        "arms": [_told(arm, record["about"]) for arm in record["arms"]],
         "labels": {label: record["labels"].get(label, label) for label in labels},
         "rows": [row for row in rows if row["seeds"]],
         "comparisons": comparisons,
@@ -100,18 +100,15 @@ def _row(record: dict[str, Any], arm: str, budget: Budget, results: Results, lab
     per_seed = np.array([_mean(row) for row in table])
     mine = [result for cell, result in results.items() if _is(cell, arm, budget)]
     return row | {
-        "dice": _finite(per_seed.mean()),
-        "dice_per_seed": [_finite(value) for value in per_seed],
+        "dice": finite(per_seed.mean()),
+        "dice_per_seed": [finite(value) for value in per_seed],
         "sd_of_seeds": float(per_seed.std(ddof=1)) if len(seeds) > 1 else None,
         "dice_per_label": {
-            label: _finite(_mean(case[label] for result in mine for case in _final(result).values()))
-            for label in labels
+            label: finite(_mean(case[label] for result in mine for case in _final(result).values())) for label in labels
         },
         "training_seconds": float(np.mean([result["curve"][-1]["training_seconds"] for result in mine])),
         "curve": _curve(results, arm, budget, seeds),
-        "cases": {
-            case: _finite(value) for case, value in zip(sorted(_final(mine[0])), table.mean(axis=0), strict=True)
-        },
+        "cases": {case: finite(value) for case, value in zip(sorted(_final(mine[0])), table.mean(axis=0), strict=True)},
     }
 
 
@@ -151,11 +148,11 @@ def _compared(
         "epochs": budget[1],
         "iterations": iterations,
         "title": f"{first} against {second}, {budget[0]} labelled, {iterations} iterations",
-        "difference": _finite(found.cases.difference),
-        "low": _finite(found.cases.low),
-        "high": _finite(found.cases.high),
-        "low_with_seeds": _finite(found.low),
-        "high_with_seeds": _finite(found.high),
+        "difference": finite(found.cases.difference),
+        "low": finite(found.cases.low),
+        "high": finite(found.cases.high),
+        "low_with_seeds": finite(found.low),
+        "high_with_seeds": finite(found.high),
         "p": found.cases.p,
         "n_cases": found.cases.n,
         "left_out": [case for case, gain in zip(cases, gains, strict=True) if not np.isfinite(gain)],
@@ -177,6 +174,12 @@ def _reached(curve: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -
         work: reach([(point[work], point["dice"]) for point in curve], level)
         for work in ("iterations", "training_seconds")
     }
+
+
+def _told(arm: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """An arm without the path of its checkpoint: reports are shared."""
+    file = Path(arm["checkpoint"]).name if arm["checkpoint"] else None
+    return {**arm, "checkpoint": file, **about.get(arm["name"], {})}
 
 
 def _warnings(record: dict[str, Any], results: Results) -> list[str]:
@@ -230,10 +233,6 @@ def _final(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 def _mean(values: Iterable[float | None]) -> float:
     known = [value for value in values if value is not None and not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _distinct(values: Any) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from nnssl_ext.files import atomic_write
 
 Cell = str | int | float
+NONE = "-"
+"""Shown where there is no figure."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
     html = environment.get_template("page.html.j2").render(title=title, sections=sections)
     with atomic_write(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
+
+
+def signed(value: float | None) -> str:
+    """A difference with its sign and four decimals."""
+    return NONE if value is None else f"{value:+.4f}"
 
 
 def _png_data(path: Path) -> str:

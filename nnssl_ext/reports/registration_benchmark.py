@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nnssl_ext.reports.page import Cell, Code, Picture, Section, Table, write_page
+from nnssl_ext.reports.page import NONE, Cell, Code, Picture, Section, Table, signed, write_page
 
-NONE = "-"
 HEADINGS = {
     "dice": "Dice",
     "hd95_mm": "HD95 mm",
@@ -113,8 +112,8 @@ def _comparison_table(comparisons: Sequence[dict[str, Any]]) -> Table:
             each["first"],
             each["second"],
             HEADINGS[each["figure"]],
-            _signed(each["difference"]),
-            f"{_signed(each['low'])} to {_signed(each['high'])}",
+            signed(each["difference"]),
+            f"{signed(each['low'])} to {signed(each['high'])}",
             f"{each['p']:.2g}",
             each["n"],
             " / ".join(f"{value:.3f}" for value in each["sdlogj"]),
@@ -123,10 +122,6 @@ def _comparison_table(comparisons: Sequence[dict[str, Any]]) -> Table:
         for each in comparisons
     ]
     return Table(("method", "against", "figure", "difference", "95 %", "p", "n", "SDlogJ of both", "verdict"), rows)
-
-
-def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.4f}"
 
 
 def _choice_table(methods: Sequence[dict[str, Any]]) -> Table:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl_ext.reports.page import Cell, Code, Picture, Section, Table, write_page
+from nnssl_ext.reports.page import NONE, Cell, Code, Picture, Section, Table, signed, write_page
 
-NONE = "-"
 FAIR = (
     "Every cell is a stock nnUNetv2_train run of nnsslFinetuneTrainer. Arms with the same plans differ in the initial weights and "
     "in the learning rates that the settings name for pretrained weights and for scratch; labelled cases, iterations and, unless "
@@ -112,12 +111,12 @@ def _comparisons(content: dict[str, Any]) -> Table:
             each["second"],
             each["train_cases"],
             each["iterations"],
-            _signed(each["difference"]),
-            f"{_signed(each['low'])} to {_signed(each['high'])}",
-            f"{_signed(each['low_with_seeds'])} to {_signed(each['high_with_seeds'])}",
+            signed(each["difference"]),
+            f"{signed(each['low'])} to {signed(each['high'])}",
+            f"{signed(each['low_with_seeds'])} to {signed(each['high_with_seeds'])}",
             f"{each['p']:.2g}",
             f"{each['n_cases']} x {len(each['seeds'])}",
-            ", ".join(_signed(value) for value in each["per_seed"]),
+            ", ".join(signed(value) for value in each["per_seed"]),
             each["verdict"].split(":")[0],
         )
         for each in content["comparisons"]
@@ -151,7 +150,7 @@ def _arms(content: dict[str, Any]) -> Table:
     for arm in content["arms"]:
         known = arm.get("pretrained_on")
         cases = f"{known['cases']} cases of {known['dataset']}" if known else "unknown"
-        file = Path(arm["checkpoint"]).name if arm["checkpoint"] else NONE
+        file = arm["checkpoint"] or NONE
         what = arm.get("about", "from scratch")
         rows.append((arm["name"], arm["plans"], file, what, cases if arm["checkpoint"] else NONE))
     return Table(("arm", "plans", "checkpoint", "what it is", "pretrained on"), rows)
@@ -220,7 +219,3 @@ def _number(value: float | None) -> str:
 
 def _plotted(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _signed(value: float | None) -> str:
-    return NONE if value is None else f"{value:+.4f}"

@@ -19,6 +19,11 @@ SMALLEST = 6
 0.0625, and a bootstrap interval of so few is too short."""
 
 
+def finite(value: float) -> float | None:
+    """None for NaN and infinities, which JSON does not have."""
+    return float(value) if np.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Paired differences, first minus second.

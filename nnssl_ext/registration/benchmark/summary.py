@@ -12,7 +12,7 @@ import numpy as np
 from nnssl_ext.registration.benchmark.matrix import Benchmark, Choice
 from nnssl_ext.registration.benchmark.methods import Method, pretrained_on
 from nnssl_ext.registration.benchmark.pairs import cases_of
-from nnssl_ext.reports.statistics import compare
+from nnssl_ext.reports.statistics import compare, finite
 
 FIGURES = {"dice": True, "hd95_mm": False, "tre_mm": False}
 """What is compared, and whether more is better."""
@@ -91,7 +91,7 @@ def _row(plan: Benchmark, method: Method, choice: Choice, table: Table) -> dict[
         "notes": list(choice.notes),
         "development": {label: asdict(curve) for label, curve in choice.curves.items()},
         "test": {name: _spread(values, name) for name, values in columns.items()},
-        "test_pairs": {pair: {name: _finite(value) for name, value in each.items()} for pair, each in table.items()},
+        "test_pairs": {pair: {name: finite(value) for name, value in each.items()} for pair, each in table.items()},
     }
 
 
@@ -144,7 +144,3 @@ def _learnt(method: Method, comparisons: Sequence[dict[str, Any]]) -> str:
                 word = "training helps, but with rougher fields"
             return f"{method.name}: {word} ({comparison['figure']} against random weights: {comparison['verdict']})"
     return f"{method.name}: its control has no figures"
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None
