@@ -171,3 +171,9 @@ def test_command_writes_a_file(monkeypatch, tmp_path, capsys):
 def test_command_refuses_with_the_remedy(monkeypatch, capsys, arguments, message):
     assert run_cli(monkeypatch, *arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_methods_that_compare_voxels_say_what_finding_them_takes(tmp_path):
+    job = synthetic_job("ResEncTiny", (16, 16, 16), "Vox2VecTrainer", RunSettings(batch_size=1), tmp_path)
+    seconds = measure_steps(job, repeats=1, warm_up=1)["seconds"]
+    assert 0 < seconds["match"]["cpu_min"] < seconds["forward"]["cpu_min"]  # of which it is a part

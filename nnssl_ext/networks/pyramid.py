@@ -93,8 +93,8 @@ class Projector(nn.Module):
         self.out = nn.Linear(channels, out_dim)
 
     def forward(self, vectors: Float[Tensor, "B K C"], valid: Bool[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
-        """Embeddings; the batch's statistics are those of the valid vectors."""
+        """Embeddings in float32; the batch's statistics are those of the valid vectors."""
         rows = vectors.flatten(0, 1)
         for layer, norm in zip(self.hidden, self.norms, strict=True):
             rows = torch.relu(norm(layer(rows), valid.flatten()))
-        return nn.functional.normalize(self.out(rows), dim=1).unflatten(0, vectors.shape[:2])
+        return nn.functional.normalize(self.out(rows).float(), dim=1).unflatten(0, vectors.shape[:2])
