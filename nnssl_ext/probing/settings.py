@@ -10,16 +10,18 @@ from nnssl_ext.errors import NnsslError
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Numbers are our choice, made for minutes on a CPU, where no source is named.
+    """How features are read and what is taught on them. Numbers without a source are our choice, made for minutes on a CPU.
 
     Attributes:
         pyramid: what describes a voxel: all levels of the encoder, or of the decoder and the encoder's coarsest (for methods
             that train a decoder; vox2vec's features are such a pyramid).
         interpolation: between feature voxels; "nearest" is vox2vec's, and shows tokens as blocks.
-        voxels: that teach, of all cases together.
-        neighbours_of: of these voxels, as many are searched for nearest neighbours.
+        voxels: how many teach, of all cases together.
+        neighbours_of: among how many of these nearest neighbours are looked for.
         width: channels of the non-linear head.
-        iterations, batch_size, lr: of its training: Adam, half a cosine to 0. vox2vec's is 45000 steps at 3e-4.
+        iterations: steps of its training with Adam (vox2vec: 45000).
+        batch_size: voxels per step.
+        lr: learning rate of the first step, falling to 0 as half a cosine (vox2vec: 3e-4, constant).
         controls: networks with random weights; their figures are averaged.
     """
 

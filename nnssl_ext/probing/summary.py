@@ -189,12 +189,20 @@ def _compared(first: Row, second: Row) -> list[dict[str, Any]]:
 
 
 def _verdict(comparisons: Sequence[dict[str, Any]], head: str) -> str:
-    """Whether the features are better than those of the same network with random weights."""
-    for each in comparisons:
-        if (each["head"], each["second"], each["figure"], each["class"]) == (head, RANDOM, "dice", FOREGROUND):
-            word = {1: "pretraining helps", 0: "it is not shown that pretraining helps", -1: "pretraining hurts"}
-            return f"{head}: {word[each['shown']]} (Dice against random weights: {each['verdict']})"
-    raise AssertionError(head)
+    """Whether the features are better than those of the same network with random weights, and than intensities."""
+    random, intensity = (
+        next(
+            each
+            for each in comparisons
+            if (each["head"], each["second"], each["figure"], each["class"]) == (head, other, "dice", FOREGROUND)
+        )
+        for other in (RANDOM, INTENSITY)
+    )
+    words = {1: "pretraining helps", 0: "it is not shown that pretraining helps", -1: "pretraining hurts"}
+    return (
+        f"{head}: {words[random['shown']]} (Dice against random weights: {random['verdict']}; "
+        f"against intensities: {intensity['verdict']})"
+    )
 
 
 def _data_notes(data: ProbeData, population: Sequence[int]) -> list[str]:
