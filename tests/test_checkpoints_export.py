@@ -140,6 +140,7 @@ def test_the_card_reads_as_the_hub_reads_it(exported):
     assert f"Of its {every:,} parameters, {every - heads:,} are pretrained" in text
     primus_here = "eva.pos_embed" in content["network_weights"]
     assert ("because the plans name its classes" in text) == primus_here
+    assert ("-tr nnsslFinetuneTrainer" in text) == primus_here  # SGD at 1e-2 is nothing for a transformer
     assert "No licence was stated" not in text
 
 

@@ -28,7 +28,7 @@ FOLDER = ROOT / ".container"
 DOCKERFILE = (FOLDER / "Dockerfile").read_text()
 
 
-def entry(name: str, *arguments: object, timeout: float = 1800) -> subprocess.CompletedProcess[str]:
+def entry(name: str, *arguments: object, timeout: float = 3600) -> subprocess.CompletedProcess[str]:
     """Run an entry point as the image does: by the interpreter that has the package, its commands on the path."""
     import os
 
