@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from scans import write
 from scipy.ndimage import gaussian_filter
 
@@ -66,6 +67,12 @@ def test_a_batch_survives_bad_pairs_and_goes_on_where_it_stopped(tmp_path, monke
     write(tmp_path / "constant.nii.gz", np.zeros((16, 18, 20), np.float32))
     write(tmp_path / "small.nii.gz", np.ones((8, 8, 8), np.uint8))
     (tmp_path / "text.nii.gz").write_text("no image")
+    write(tmp_path / "slice.nii.gz", np.ones((1, 18, 20), np.float32) * np.arange(20, dtype=np.float32))
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "slice.nii.gz"))[:, :, 0], str(tmp_path / "flat.nii.gz"))
+    hole = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.nii.gz")))
+    hole[3, 3, 3] = np.nan
+    write(tmp_path / "hole.nii.gz", hole)
+    write(tmp_path / "empty.nii.gz", np.zeros((16, 18, 20), np.uint8))
     rows = [
         "name,fixed,moving,fixed_mask,init",
         "good,a.nii.gz,b.nii.gz,,",
@@ -73,6 +80,9 @@ def test_a_batch_survives_bad_pairs_and_goes_on_where_it_stopped(tmp_path, monke
         "apart,a.nii.gz,far.nii.gz,,none",
         "mask,a.nii.gz,b.nii.gz,small.nii.gz,",
         "text,text.nii.gz,b.nii.gz,,",
+        "flat,a.nii.gz,flat.nii.gz,,",
+        "hole,a.nii.gz,hole.nii.gz,,",
+        "empty,a.nii.gz,b.nii.gz,empty.nii.gz,",
         "missing,a.nii.gz,c.nii.gz,,",
         ",b.nii.gz,a.nii.gz,,",
     ]
@@ -82,9 +92,18 @@ def test_a_batch_survives_bad_pairs_and_goes_on_where_it_stopped(tmp_path, monke
     assert call(monkeypatch, *flags) == 2
     assert {path.parent.name for path in out.glob(f"*/{MEASURES}")} == {"good", "a_to_b"}
     failures = read_json(out / "failures.json")
-    assert failures.keys() == {"constant", "apart", "mask", "text", "missing"}
-    for name, words in (("constant", "constant image"), ("apart", "do not meet"), ("mask", "shape")):
-        assert words in failures[name]
+    words = {
+        "constant": "constant image",
+        "apart": "do not meet",
+        "mask": "shape",
+        "text": "text.nii.gz",
+        "flat": "2D",
+        "hole": "NaN",
+        "empty": "no foreground",
+        "missing": "c.nii.gz",
+    }
+    assert failures.keys() == words.keys()
+    assert [name for name in words if words[name] not in failures[name]] == []
     capsys.readouterr()
     scan(tmp_path / "c.nii.gz", 2)  # what was missing comes
     written = (out / "good" / MEASURES).stat().st_mtime_ns

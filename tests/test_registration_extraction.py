@@ -83,7 +83,7 @@ def test_tiles_equal_the_whole_for_a_network_that_sees_no_further_than_their_mar
 def uneven(*shape: int) -> torch.Tensor:
     """Texture whose mean and contrast rise along every axis, so that every tile has statistics of its own."""
     rise = sum(torch.meshgrid(*(torch.linspace(0, 1, n) for n in shape), indexing="ij"))
-    return (rise * (2 + torch.randn(shape, generator=torch.Generator().manual_seed(1))))[None]
+    return (rise**2 * (2 + torch.randn(shape, generator=torch.Generator().manual_seed(1))))[None]
 
 
 @pytest.mark.parametrize(("level", "layers"), [("encoder0", 3), ("encoder1", 6), ("decoder0", 7)])
@@ -92,7 +92,7 @@ def test_tiles_equal_the_whole_for_a_network_that_normalises_over_all_it_sees(le
     architecture = resenc(2, n_blocks_per_stage=[1, 1])
     backbone = build_backbone(plans_of(architecture, [16, 16, 16]), "3d_fullres", 1).eval().requires_grad_(False)
     shake(backbone.network)
-    volume, tiles = uneven(48, 40, 33), ExtractionSettings(level=level, tile=(40, 40, 24), overlap=0.9)
+    volume, tiles = uneven(48, 44, 15), ExtractionSettings(level=level, tile=(40, 36, 16), overlap=0.8)
     expected = extract(backbone, volume, ExtractionSettings(level=level)).values
     found = extract(backbone, volume, tiles).values
     assert float((found - expected).norm() / expected.norm()) < 1e-3
@@ -102,7 +102,7 @@ def test_tiles_equal_the_whole_for_a_network_that_normalises_over_all_it_sees(le
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in norms)
     monkeypatch.setattr(tiling, "_norms_before", lambda *_: [])
     apart = extract(backbone, volume, tiles).values
-    assert float((apart - expected).norm() / expected.norm()) > 0.1
+    assert float((apart - expected).norm() / expected.norm()) > 0.05
 
 
 def test_masks_are_read_at_the_features_places():

@@ -215,6 +215,22 @@ class TestFiles:
         found = sitk.ReadImage(str(folder / "out" / "warped_labels.nii.gz"))
         assert (sitk.GetArrayFromImage(found) != sitk.GetArrayFromImage(expected)).mean() < 1e-3
 
+    def test_ants_applies_the_transform_as_simpleitk_does(self, written):
+        """The fixed file's axes are swapped and flipped, so a mix-up of axes or of signs shows."""
+        ants = pytest.importorskip("ants", reason="needs ANTsPy (pip install 'nnssl-ext[ants]')")
+        folder, moving, *_ = written
+        there = sitk.ReadTransform(str(folder / "out" / "transform.h5"))
+        points = world_points(folder / "fixed.nii.gz")
+        expected = np.array([there.TransformPoint(p.tolist()) for p in points])
+        theirs = ants.read_transform(str(folder / "out" / "transform.h5"))
+        found = np.array([ants.apply_ants_transform_to_point(theirs, p) for p in points])
+        assert np.abs(expected - points).max() > 1
+        assert np.abs(found - expected).max() < 1e-3
+        fixed, image = (ants.image_read(str(path)) for path in (folder / "fixed.nii.gz", moving))
+        warped = ants.apply_transforms(fixed, image, [str(folder / "out" / "transform.h5")], defaultvalue=image.min())
+        ours = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "out" / "warped.nii.gz")))
+        assert np.abs(warped.numpy().T - ours).max() < 0.05  # of some 240 grey values
+
     def test_the_start_is_part_of_the_field_and_is_corrected(self, written):
         """The truth is the bend alone, so the deformation has to undo the wrong start."""
         *_, measures = written
