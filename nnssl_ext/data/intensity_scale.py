@@ -16,7 +16,7 @@ from nnssl_ext.records import Case, Size
 
 CUBES, EDGE = 256, 3
 """Cubes that a case is looked at through, and their edge in voxels: as many as tell 5 % of air, as large as average noise, as
-`nnssl_ext.data.foreground` does (our choice). 20 to 170 ms per case and process, once."""
+`nnssl_ext.data.foreground` does (our choice). Measured: 25 ms of CPU time per case of 64 to 154 voxels per axis, once per process."""
 
 
 @dataclass(frozen=True)
