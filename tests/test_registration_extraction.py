@@ -10,8 +10,8 @@ from torch.nn import functional
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.records import Features
-from nnssl_ext.registration import tiling
-from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, _level, extract, fits
+from nnssl_ext.registration import extraction, tiling
+from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, _level, extract, extract_pyramid, fits
 
 STRIDE = (4, 4, 2)
 
@@ -151,3 +151,22 @@ def test_large_volumes_go_through_in_tiles_of_the_patch():
     assert not fits(backbone, (24, 20, 14), 1e-5, torch.device("cpu"))
     extract(backbone, ramps(), ExtractionSettings(memory_gib=1e-5), patch_size=(12, 8, 6))
     assert max(backbone.sizes) == (12, 8, 6)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_a_pyramid_is_every_level_as_it_is_alone(tiles, monkeypatch):
+    """One pass per tile, the same features at the same places as level by level."""
+    torch.manual_seed(0)
+    backbone = build_backbone(plans_of(resenc(), [16, 16, 16]), "3d_fullres", 1).eval()
+    volume = torch.randn(1, 30, 21, 18)  # no multiples of the strides
+    if tiles:
+        monkeypatch.setattr(extraction, "fits", lambda *_: False)
+    found = extract_pyramid(backbone, volume, (16, 16, 16))
+    deep = extract_pyramid(backbone, volume, (16, 16, 16), decoder=True)
+    names = [f"encoder{i}" for i in range(3)], ["decoder0", "decoder1", "encoder2"]
+    for levels, asked in zip((found, deep), names, strict=True):
+        for level, name in zip(levels, asked, strict=True):
+            alone = extract(backbone, volume, ExtractionSettings(level=name), (16, 16, 16))
+            assert level.stride == alone.stride and level.offset == alone.offset
+            assert torch.allclose(level.values, alone.values, atol=1e-5)
+    assert [level.stride[0] for level in found] == [1, 2, 4]
