@@ -101,7 +101,10 @@ def test_the_arms_are_shown_before_anything_runs(tmp_path):
 
 @pytest.mark.slow
 def test_both_entry_points_on_phantoms(tmp_path):
-    """All arms at one share with a budget of seconds: what each saw, what is reported, that it resumes, and that predict agrees."""
+    """All arms at one share with a budget of seconds: what each saw, what is reported, that it resumes, and that predict agrees.
+
+    So short a training finds nothing, so label maps are empty here; the figures have their witnesses in test_reports_lesions.
+    """
     task, out = tmp_path / "Task900_LesionPhantoms", tmp_path / "out"
     write_lesion_task(task, LesionPhantomSettings(lesions=(1, 4)), 8)
     budget = (
