@@ -209,9 +209,13 @@ def _shifts(moving: Float[Tensor, "C z Y X"], radius: Size) -> Float[Tensor, "C 
 
 
 def _differences(fixed: Features, moving: Float[Tensor, "C z Y X"], radius: Size) -> Float[Tensor, "N z y x"]:
-    """Squared differences for all displacements along y and x."""
-    shifted = _shifts(moving, radius)
-    total = (fixed[0] - shifted[0]).square()
-    for channel in range(1, len(fixed)):
-        total = total + (fixed[channel] - shifted[channel]).square()
+    """Squared differences for all displacements along y and x.
+
+    Maps are taken apart at once: the gradient of picking one channel is as large as the map, so that picking them one by one
+    takes time that grows with the square of their number.
+    """
+    total: Tensor | float = 0.0
+    for one, other in zip(fixed.unbind(), moving.unbind(), strict=True):
+        total = total + (one - _shifts(other[None], radius)[0]).square()
+    assert isinstance(total, Tensor)
     return total * (REFERENCE_CHANNELS / len(fixed))
