@@ -15,14 +15,13 @@ from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.intensity_scale import ScaleSettings
 from nnssl_ext.data.loader import make_loader
 from nnssl_ext.engine import loop
-from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.voxel_pairs import sample_pairs
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.networks.dense_contrast import ContrastSettings
 from nnssl_ext.plans import pretrain_plan
 from nnssl_ext.records import View
-from nnssl_ext.trainers.pretraining.hierarchical_dense import HierarchicalDenseSettings, HierarchicalDenseTrainer
-from nnssl_ext.trainers.pretraining.vox2vec import Vox2VecSettings, Vox2VecTrainer
+from nnssl_ext.trainers.pretraining.hierarchical_dense import HierarchicalDenseTrainer
+from nnssl_ext.trainers.pretraining.vox2vec import Vox2VecTrainer
 from nnssl_ext.views.anchored_pairs import body_mask, joined
 from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.policies import SpatialSettings
@@ -285,24 +284,3 @@ def test_under_bf16_autocast_the_loss_is_float32_and_near_that_of_float32(cases,
         loss.backward()
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.03)
     assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
-
-
-def test_defaults_are_the_papers_numbers():
-    plan = replace(pretrain_plan(plans_of("ResEncTiny"), "3d_fullres", 1), preset="ResEncL")
-    vox2vec, successor = Vox2VecSettings.for_plan(plan), HierarchicalDenseSettings.for_plan(plan)
-    for settings in (vox2vec, successor):
-        assert (settings.contrast.voxels, settings.contrast.temperature, settings.contrast.out_dim) == (1024, 0.1, 128)
-        optim = settings.optim
-        assert (optim.lr, optim.final_lr, optim.warmup, optim.weight_decay, optim.clip) == (3e-4, 3e-4, 0, 0, 1)
-        assert settings.pairs == 4 and type(settings)().pairs == 10
-        assert settings.epochs * settings.iterations == 50_000
-    assert (vox2vec.contrast.levels, successor.contrast.levels, successor.width) == (None, 5, 32)
-    assert successor.restoration == 10 and successor.balance == "trained" and successor.local
-    assert vox2vec.scale.body_hu == -500 and successor.scale.body_hu == pytest.approx(-175 + 0.3 * 425)
-
-
-def test_what_cannot_work_is_refused_by_name():
-    with pytest.raises(NnsslError, match="restoration needs the decoder"):
-        HierarchicalDenseSettings(contrast=ContrastSettings(decoder=False))
-    with pytest.raises(NnsslError, match="out of range"):
-        ContrastSettings(levels=0)
