@@ -45,7 +45,7 @@ def result_of(cell: Cell) -> dict:
         "changed_tensors": {},
         "command": "nnUNetv2_train ...",
         "seconds": 5.0 * cell.epochs + 20,
-        "machine": {"device": "cpu", "load_average": time.time()},
+        "machine": {"device": "cpu", "cores": 2, "load_average": time.time() % 1},
         "versions": {"nnssl-ext": "0"},
         "request": {},
     }

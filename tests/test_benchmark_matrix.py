@@ -339,6 +339,16 @@ class TestSummary:
             (warning,) = write_report(tmp_path / "out")["warnings"]
             assert words in warning and words in (tmp_path / "out" / "report.html").read_text()
 
+    def test_seconds_of_a_busy_machine_come_with_a_warning(self, benchmark, tmp_path):
+        output = tmp_path / "out"
+        cell = saved(benchmark, output, MAE={"pretrained_on": {"dataset": DATASET, "cases": 1, "test_cases": []}})[0]
+        finish(cell, output)
+        assert summarise(*load(output), output)["warnings"] == []
+        path = cell.folder(output) / "result.json"
+        write_json(path, {**read_json(path), "machine": {"device": "cpu", "cores": 2, "load_average": 19.7}})
+        (warning,) = summarise(*load(output), output)["warnings"]
+        assert "9.8 per core" in warning or "9.9 per core" in warning
+
     def test_cases_without_a_label_in_truth_and_prediction_are_counted_and_left_out(self, benchmark, tmp_path):
         output = tmp_path / "out"
         cells = saved(replace(benchmark, train_cases=(1,), epochs=(2,)), output)

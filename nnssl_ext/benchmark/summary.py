@@ -15,6 +15,8 @@ from nnssl_ext.reports.statistics import compare_runs, finite
 Results = Mapping[Cell, dict[str, Any]]
 Budget = tuple[int, int]
 """Labelled cases and epochs."""
+BUSY = 1.5
+"""Load per core above which seconds say little (our choice)."""
 Curve = Sequence[tuple[int | float, float]]
 """Work done (iterations or seconds) and Dice, work ascending."""
 
@@ -198,6 +200,11 @@ def _warnings(record: dict[str, Any], results: Results) -> list[str]:
             )
     if len(_distinct({"device": r["machine"]["device"], "gpu": r["machine"].get("gpu")} for r in results.values())) > 1:
         found.append("cells ran on different devices: compare iterations, not seconds")
+    loads = [
+        result["machine"].get("load_average", 0) / result["machine"].get("cores", 1) for result in results.values()
+    ]
+    if max(loads, default=0) > BUSY:
+        found.append(f"the machine was busy (load of up to {max(loads):.1f} per core): compare iterations, not seconds")
     return found
 
 
