@@ -8,7 +8,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from abdomen import write_abdomen
+from checkpoint_helpers import content_of, plans_of, resenc
 
+from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.files import read_json
 
 
@@ -45,3 +47,16 @@ def test_mind_finds_the_warp_to_less_than_a_voxel(abdomen, register):
     assert before.mean() > 6.5
     assert error.mean() < 2.75 and np.percentile(error, 95) < 6.5
     assert measures["smoothness_foreground"]["fold_percent"] < 0.01
+
+
+@pytest.mark.slow
+def test_a_random_network_in_tiles_says_what_it_says_of_the_whole(abdomen, register, tmp_path):
+    """Fused with MIND. Blocks of nnU-Net's fresh networks add nothing, so all weights are drawn: a checkpoint holds them."""
+    plans = plans_of(resenc(3), [64, 64, 64])
+    plans["configurations"]["3d_fullres"]["spacing"] = [3.0] * 3
+    path = tmp_path / "random.pth"
+    save_checkpoint(path, content_of(plans))
+    whole, _ = register(f"{path}+mind")
+    tiled, _ = register(f"{path}+mind", "--features.tile", 96, 88, 96)
+    assert whole.mean() < 3.5
+    assert np.abs(whole - tiled).mean() < 0.05  # mm
