@@ -58,5 +58,6 @@ def test_a_random_network_in_tiles_says_what_it_says_of_the_whole(abdomen, regis
     save_checkpoint(path, content_of(plans))
     whole, _ = register(f"{path}+mind")
     tiled, _ = register(f"{path}+mind", "--features.tile", 96, 88, 96)
-    assert whole.mean() < 3.5
-    assert np.abs(whole - tiled).mean() < 0.05  # mm
+    apart = np.abs(whole - tiled)
+    print(f"whole against tiles: mean {apart.mean():.3f}, largest {apart.max():.3f} mm")
+    assert apart.mean() < 0.05
