@@ -22,7 +22,8 @@ is stored under) and ``content`` (the checkpoint without its tensors)."""
 def write_safetensors(path: Path, content: Mapping[str, Any]) -> None:
     """Write a checkpoint whose tensors all stand under ``network_weights``.
 
-    Tensors with several names are stored under the first, so that ``safetensors.torch.load_model`` fills a network too.
+    Tensors with several names are stored under the first, so that ``safetensors.torch.load_model`` fills a network too. The
+    same content gives the same bytes: safetensors writes several entries of metadata in random order, so there is one.
 
     Raises:
         NnsslError: the folder cannot be written.
@@ -34,7 +35,7 @@ def write_safetensors(path: Path, content: Mapping[str, Any]) -> None:
     header = json.dumps({"names": {name: names[name] for name in weights}, "content": rest})
     tensors = {name: weights[name].contiguous() for name in dict.fromkeys(names.values())}
     with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", ENTRY: header})
+        save_file(tensors, temporary, metadata={ENTRY: header})
 
 
 def read_safetensors(path: Path) -> dict[str, Any]:
