@@ -177,9 +177,8 @@ def test_real_cells_killed_and_resumed(nnunet_env, test_data, tmp_path):
     one, other = (read_json(folder / "report.json") for folder in (whole, killed))
     for report in (one, other):
         assert report["cells"] == {"all": 2, "done": 2} and report["failures"] == {}
-        assert report["warnings"] == [
-            "noise: which cases it was pretrained on is unknown; test cases may be among them"
-        ]
+        told = [each for each in report["warnings"] if not each.startswith("the machine was busy")]
+        assert told == ["noise: which cases it was pretrained on is unknown; test cases may be among them"]
         assert [len(row["curve"]) for row in report["rows"]] == [2, 2]
     assert [row["cases"] for row in one["rows"]] == [row["cases"] for row in other["rows"]]
     assert [c["verdict"] for c in one["comparisons"]] == [c["verdict"] for c in other["comparisons"]]
