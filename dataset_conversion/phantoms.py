@@ -35,7 +35,7 @@ HOUNSFIELD = np.array(
         (-95, 8, 10),  # fat
         (45, 8, 15),  # soft tissue
         (0, 3, 2),  # lumen, fluid
-        (105, 10, 10),  # lesion
+        (150, 10, 10),  # lesion, brighter than any tissue it lies in
     ],
     float,
 )
@@ -50,7 +50,7 @@ RELATIVE_SIGNAL = np.array(
         (1.10, 0.08, 0.06),  # fat
         (0.60, 0.03, 0.05),  # soft tissue
         (0.30, 0.03, 0.02),  # lumen
-        (0.84, 0.04, 0.05),  # lesion
+        (1.05, 0.04, 0.05),  # lesion, brighter than any tissue it lies in
     ]
 )
 
@@ -58,7 +58,7 @@ TEXTURE_WAVELENGTHS = (4.0, 14.0)  # mm
 WARP_WAVELENGTHS = (50.0, 110.0)  # mm, around the size of the body
 BIAS_WAVELENGTHS = (80.0, 160.0)  # mm, a coil's reach
 POINT_SPREAD = 0.7  # mm, standard deviation of the Gaussian blur of the scanner
-LESION_RADII = (2.5, 5.0)  # mm, half axes of ellipsoids
+LESION_RADII = (3.0, 6.0)  # mm, half axes of ellipsoids
 
 
 @dataclass(frozen=True)
