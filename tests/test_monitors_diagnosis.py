@@ -113,6 +113,9 @@ def test_flat_dino_beside_a_moving_ibot_and_a_rising_ibot():
     assert "DINO flat, iBOT moves" not in {f.rule for f in diagnose(log(HEALTHY_DINO, 20, 0, **moving), RULES)}
     rising = {"ibot": lambda epoch: 3.0 + 0.1 * epoch}
     assert "iBOT rises" in {f.rule for f in diagnose(log(HEALTHY_DINO, 20, 0, **rising), RULES)}
+    # of a healthy run (probe .12 to .40): the teacher's answers had nearly all become one, then told places apart again
+    richer = {"ibot": lambda epoch: 1.16 + 0.1 * epoch, "patch_entropy": lambda epoch: 0.074 + 0.035 * epoch}
+    assert "iBOT rises" not in {f.rule for f in diagnose(log(HEALTHY_DINO, 20, 0, **richer), RULES)}
 
 
 def test_a_passing_state_is_a_warning_and_a_lasting_one_an_alarm():

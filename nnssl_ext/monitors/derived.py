@@ -18,7 +18,7 @@ def with_trends(rows: Sequence[Row]) -> list[dict[str, float]]:
     - ``information``, ``patch_information``: entropy of the mean teacher output minus mean entropy of its outputs, over
       ln K. 0 when the output says nothing about the input, whether it is uniform or always the same prototype.
     - ``fastest_growth``: the highest ``weight_growth`` so far (norm of the weights after an epoch over that before it).
-    - ``ibot_of_lowest``, ``rank_of_highest``: over the lowest and highest so far.
+    - ``ibot_of_lowest``, ``patch_entropy_of_lowest``, ``rank_of_highest``: over the lowest and highest so far.
     - ``dino_range``, ``ibot_range``, ``teacher_temperature_range``: range of the last `WINDOW` rows over their mean.
     - ``predictor_effect``: what the predictor changes in the rank of projections; exactly 0 without one.
     - ``lowest_cosine``: smallest cosine between the gradients of two terms.
@@ -59,6 +59,7 @@ def with_trends(rows: Sequence[Row]) -> list[dict[str, float]]:
         "patch_information": minus(column("patch_prototypes_entropy"), column("patch_entropy")),
         "fastest_growth": highest("weight_growth"),
         "ibot_of_lowest": over(column("ibot"), lowest("ibot")),
+        "patch_entropy_of_lowest": over(column("patch_entropy"), lowest("patch_entropy")),
         "rank_of_highest": over(column("effective_rank"), highest("effective_rank")),
         "predictor_effect": [abs(value) for value in minus(column("projector_rank"), column("predictor_rank"))],
         "dino_range": range_of("dino"),

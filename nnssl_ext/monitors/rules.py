@@ -193,10 +193,18 @@ TRENDS = (
     Rule(
         "iBOT rises",
         "warning",
-        {"ibot_of_lowest": (1.1, INF), "teacher_temperature_range": (0.0, 1e-6)},
-        "iBOT is {ibot_of_lowest:.2f} times its lowest value and stays there",
-        "the teacher sharpens or drifts: check patch_entropy, momentum and learning rate",
-        "dino.md 4: iBOT rising late was seen; 1.1 and the remedy are our choice",
+        {
+            "ibot_of_lowest": (1.1, INF),
+            "patch_entropy_of_lowest": (
+                0.0,
+                1.1,
+            ),  # cross-entropy is the teacher's entropy and what the student gets wrong
+            "teacher_temperature_range": (0.0, 1e-6),
+        },
+        "iBOT is {ibot_of_lowest:.2f} times its lowest value and stays there, and not because its targets grew richer "
+        "(teacher entropy {patch_entropy_of_lowest:.2f} times its lowest)",
+        "the student falls behind: check momentum and learning rate",
+        "dino.md 4: iBOT rising late was seen; both 1.1 and the remedy are our choice",
         lasting=5,
     ),
     Rule(
