@@ -21,7 +21,8 @@ LABELS = {"background": 0, "organ": 1, "vessel": 2, "shell": 3, "nodules": 4, "b
 AIR, FAT, SOFT, LUMEN = 0, 6, 7, 8
 """Tissues without a label, numbered after the labels; air is everything outside the body."""
 LESION, LESION_LABEL = 9, 6
-"""Tissue and label of lesions, which only some settings have (`labels_of`)."""
+"""Tissue and label of lesions, which only some settings have (`labels_of`). They are brighter than organ and soft tissue, which
+they lie in."""
 
 # Per tissue, in the order of its number: mean, standard deviation between subjects, amplitude of the texture.
 HOUNSFIELD = np.array(
@@ -35,7 +36,7 @@ HOUNSFIELD = np.array(
         (-95, 8, 10),  # fat
         (45, 8, 15),  # soft tissue
         (0, 3, 2),  # lumen, fluid
-        (150, 10, 10),  # lesion, brighter than any tissue it lies in
+        (150, 10, 10),  # lesion
     ],
     float,
 )
@@ -50,7 +51,7 @@ RELATIVE_SIGNAL = np.array(
         (1.10, 0.08, 0.06),  # fat
         (0.60, 0.03, 0.05),  # soft tissue
         (0.30, 0.03, 0.02),  # lumen
-        (1.05, 0.04, 0.05),  # lesion, brighter than any tissue it lies in
+        (1.05, 0.04, 0.05),  # lesion
     ]
 )
 

@@ -144,7 +144,7 @@ def test_rows_without_a_figure_are_passed_over_and_alarms_come_first():
 
 def test_trends_by_hand():
     rows = [
-        {"step": 1, "weight_growth": 1.5, "ibot": 2.0, "effective_rank": 4.0, "probe_dice": 0.2},
+        {"step": 1, "weight_growth": 1.5, "ibot": 2.0, "patch_entropy": 0.5, "effective_rank": 4.0, "probe_dice": 0.2},
         {
             "step": 2,
             "weight_growth": 1.0,
@@ -157,6 +157,7 @@ def test_trends_by_hand():
             "step": 3,
             "weight_growth": 1.1,
             "ibot": 1.5,
+            "patch_entropy": 0.75,
             "effective_rank": 2.0,
             "probe_dice": 0.1,
             "probe_dice_random": 0.3,
@@ -165,6 +166,7 @@ def test_trends_by_hand():
     grown = with_trends(rows)
     assert [row["fastest_growth"] for row in grown] == [1.5, 1.5, 1.5]
     assert [row["ibot_of_lowest"] for row in grown] == [1, 1, 1.5]
+    assert [row.get("patch_entropy_of_lowest") for row in grown] == [1, None, 1.5]
     assert [row["rank_of_highest"] for row in grown] == [1, 1, 0.25]
     assert [row.get("lowest_cosine") for row in grown] == [None, -0.1, None]
     assert grown[2]["probe_loss"] == pytest.approx(0.1) and grown[2]["probe_gain"] == pytest.approx(-0.2)

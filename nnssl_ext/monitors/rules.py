@@ -195,10 +195,8 @@ TRENDS = (
         "warning",
         {
             "ibot_of_lowest": (1.1, INF),
-            "patch_entropy_of_lowest": (
-                0.0,
-                1.1,
-            ),  # cross-entropy is the teacher's entropy and what the student gets wrong
+            # Cross-entropy is the teacher's entropy plus what the student gets wrong: the first may grow.
+            "patch_entropy_of_lowest": (0.0, 1.1),
             "teacher_temperature_range": (0.0, 1e-6),
         },
         "iBOT is {ibot_of_lowest:.2f} times its lowest value and stays there, and not because its targets grew richer "
