@@ -46,8 +46,8 @@ def test_the_trained_parts_are_the_ones_that_get_a_gradient(cases, backbone, set
     for name, parameter in method.backbone.network.named_parameters():
         assert name.startswith(method.pretrained_prefixes) == (parameter.grad is not None), name
     torch.testing.assert_close(step.loss, sum(step.parts.values()))
-    assert set(step.parts) == {"error", "contrast", *(["overlap"] if "labels" in settings else [])}
-    assert {f"cross_{name}" for name in step.parts} <= step.terms.keys()
+    assert set(step.parts) == {"error", "contrast", *(["overlap", "segmentation"] if "labels" in settings else [])}
+    assert {f"cross_{name}" for name in step.parts if name != "segmentation"} <= step.terms.keys()
     assert not any(tensor.requires_grad for tensor in (*step.terms.values(), *step.watch.values()))
 
 

@@ -6,7 +6,8 @@ the first ones sensible). Both kinds of pairs teach the same: a coupled convex s
 and places that correspond should be more alike than others (voxel InfoNCE). No head stands between the map that is trained and
 the map that `nnssl_register -c CHECKPOINT@decoder0` reads; the squared differences are those that the solver minimises.
 
-Weak supervision, where asked for: labels join what cases are registered by, and their overlap after the search is a loss too.
+Weak supervision, where asked for: labels join what cases are registered by, their overlap after the search is a loss too, and
+a linear layer, which is not exported, should tell them from the trained map.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, Tok
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.watched import watched_places
+from nnssl_ext.objectives.segmentation import segmentation_loss
 from nnssl_ext.records import Features, Size, Step, View
 from nnssl_ext.registration.learning import (
     LayerSettings,
@@ -33,7 +35,7 @@ from nnssl_ext.registration.learning import (
     find_correspondence,
     layer_losses,
 )
-from nnssl_ext.registration.pairing import Guides, pair_crops
+from nnssl_ext.registration.pairing import Crops, Guides, pair_crops
 from nnssl_ext.registration.pooling import cells_to_voxels, geometric_mean
 from nnssl_ext.registration.solver import SolverSettings
 from nnssl_ext.registration.warp import warp
@@ -66,6 +68,7 @@ class RegistrationSettings:
         cross: weight of pairs of different cases against 1 for pairs of one case.
         labels: weak supervision with these labels of the dataset's segmentations; none: no label is read.
         overlap: weight of the labels' overlap.
+        segmentation: weight of telling labels from the trained map; the search alone teaches them at its cells' resolution.
         spatial, shift, warp, intensity: how the two sides of a pair of one case differ, see `RegistrationPairs`.
         optim: AdamW.
     """
@@ -83,6 +86,7 @@ class RegistrationSettings:
     cross: float = 1.0
     labels: tuple[int, ...] = ()
     overlap: float = 1.0
+    segmentation: float = 1.0
     spatial: SpatialSettings = REGISTRATION_SPATIAL
     shift: float = 0.05
     warp: WarpSettings = field(default_factory=WarpSettings)
@@ -136,6 +140,8 @@ class RegistrationTrainer(nn.Module):
             labels=bool(settings.labels),
         )
         in_decoder = settings.level == "decoder"
+        channels = backbone.decoder_channels[0] if in_decoder else backbone.channels[-1]
+        self.classifier = nn.Conv3d(channels, 1 + len(settings.labels), 1) if settings.labels else None
         self.pretrained_prefixes = backbone.encoder_prefixes + (backbone.decoder_prefixes if in_decoder else ())
         self.feature_level = "decoder0" if in_decoder else f"encoder{len(backbone.channels) - 1}"
         if isinstance(backbone, TokenBackbone):
@@ -153,7 +159,8 @@ class RegistrationTrainer(nn.Module):
             crops = pair_crops(fixed, moving, deformation, (first, second), stride, self.settings.labels)
             same = [self._losses(pair) for pair in crops.same()]
             different = [self._losses(pair) for pair in crops.different(self._find)]
-        return self._step(same, different, features)
+            told = self._segmentation(crops)
+        return self._step(same, different, told, features)
 
     def before_step(self, progress: Progress) -> None:
         """Nothing follows a schedule beside the learning rate."""
@@ -214,12 +221,25 @@ class RegistrationTrainer(nn.Module):
         z, y, x = (factor * mm for factor, mm in zip(stride, self.voxel_mm, strict=True))
         return z, y, x
 
-    def _losses(self, pair: MapPair) -> dict[str, Float[Tensor, ""]]:
+    def _segmentation(self, crops: Crops) -> Losses:
+        """`segmentation_loss` of all views, where labels teach."""
+        if self.classifier is None or crops.labels is None:
+            return {}
+        fixed = torch.stack([warp(*each) for each in zip(crops.labels, crops.known, strict=True)])
+        sides = (crops.fixed, fixed, crops.inside), (crops.moving, crops.labels, crops.seen)
+        losses = [
+            segmentation_loss(self.classifier(maps[None])[0], shares, weight.float())
+            for side in sides
+            for maps, shares, weight in zip(*side, strict=True)
+        ]
+        return {"segmentation": torch.stack(losses).mean()}
+
+    def _losses(self, pair: MapPair) -> Losses:
         pair = comparable(pair)
         losses = layer_losses(pair, geometric_mean(self.voxel_mm), self.settings.layer)
         return {**losses, "contrast": contrast(pair, self.settings.places, self.settings.temperature)}
 
-    def _step(self, same: Sequence[Losses], different: Sequence[Losses], features: Features) -> Step:
+    def _step(self, same: Sequence[Losses], different: Sequence[Losses], told: Losses, features: Features) -> Step:
         settings = self.settings
         edge = settings.layer.cell * geometric_mean(self.voxel_mm)  # mm
         weights = {"error": 1 / edge, "contrast": settings.contrast, "overlap": settings.overlap}
@@ -230,6 +250,8 @@ class RegistrationTrainer(nn.Module):
             known, found = (_mean([losses[name] for losses in kind], zero) for kind in (same, different))
             means |= {name: known.detach(), f"cross_{name}": found.detach()}
             parts[name] = weights[name] * (known + settings.cross * found)
+        means |= {name: loss.detach() for name, loss in told.items()}
+        parts |= {name: settings.segmentation * loss for name, loss in told.items()}
         loss = torch.stack(list(parts.values())).sum()
         watch = {"features": features.summary.detach(), "tokens": watched_places(features.levels[-1])}
         return Step(loss, means, watch, parts)
