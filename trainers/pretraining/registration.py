@@ -146,7 +146,8 @@ class RegistrationTrainer(nn.Module):
         self.feature_level = "decoder0" if in_decoder else f"encoder{len(backbone.channels) - 1}"
         if isinstance(backbone, TokenBackbone):
             backbone.mask_token.requires_grad_(False)  # nothing is masked
-        self.optim_rules: tuple[OptimRule, ...] = ()
+        # At the backbone's rate a layer that starts at 0.2 takes longer than a short run to be sure of anything.
+        self.optim_rules: tuple[OptimRule, ...] = (OptimRule("classifier.", lr_scale=10.0),) if settings.labels else ()
 
     def forward(self, views: tuple[View, ...]) -> Step:
         """Losses of all pairs of the batch."""
