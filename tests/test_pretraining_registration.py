@@ -5,6 +5,7 @@ from tiny_dataset import BACKBONES, CONFIGURATION, plans_of, write_dataset
 
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.loader import make_loader
+from nnssl_ext.engine.optim import parameter_groups
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.plans import pretrain_plan
@@ -49,6 +50,15 @@ def test_the_trained_parts_are_the_ones_that_get_a_gradient(cases, backbone, set
     assert set(step.parts) == {"error", "contrast", *(["overlap", "segmentation"] if "labels" in settings else [])}
     assert {f"cross_{name}" for name in step.parts if name != "segmentation"} <= step.terms.keys()
     assert not any(tensor.requires_grad for tensor in (*step.terms.values(), *step.watch.values()))
+
+
+def test_the_layer_that_tells_labels_learns_faster_and_is_not_exported():
+    method = method_of("ResEncTiny", labels=(1,))
+    groups = parameter_groups(method, method.optim_rules)
+    rates = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    assert rates[id(method.classifier.weight)] == 10
+    assert all(rates[id(parameter)] == 1 for parameter in method.backbone.parameters() if id(parameter) in rates)
+    assert not any("classifier" in name for name in method.export_backbone().state_dict())
 
 
 def test_a_single_case_teaches_without_others(cases):
