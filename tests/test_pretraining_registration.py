@@ -91,6 +91,19 @@ def test_targets_lead_from_what_the_fixed_map_shows_to_what_the_moving_map_shows
         assert pair.spacing == tuple(map(float, stride))
 
 
+def test_labels_of_the_fixed_view_are_those_that_were_cut_with_it(cases):
+    """Two ways to them: through the known displacement from the moving view, and cut with the fixed view, then deformed."""
+    fixed, moving = views_of(cases, RegistrationPairs((16, 16, 16), intensity=NO_INTENSITY, labels=True))
+    deformation = drawn_warp(fixed)
+    crops = pair_crops(fixed, moving, deformation, (fixed.voxels, moving.voxels), (1, 1, 1), (1,))
+    cut = warp((fixed.labels == 1)[:, None].float(), deformation)[:, 0]
+    through = crops.labels[0][:, 0]
+    agree, both = ((2 * cut * through)[crops.inside].sum(), (cut + through)[crops.inside].sum())
+    assert both > 100 and agree / both > 0.8
+    unmoved = crops.labels[1][:, 0]
+    assert agree / both > (2 * cut * unmoved)[crops.inside].sum() / (cut + unmoved)[crops.inside].sum() + 0.1
+
+
 def test_two_cases_meet_through_the_field_that_was_found_between_them(cases):
     """With a field that is known, all of the way from the fixed view of one case to the moving view of the other is."""
     crops, moving = crops_of(cases, labels=(1,))

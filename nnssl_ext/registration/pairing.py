@@ -37,7 +37,7 @@ class Crops:
         seen: cells of the moving view that show the case.
         distinct: cells of the moving view that differ from what is around them.
         guide: MIND of the moving view.
-        labels: shares of the labels in the moving view, or None.
+        labels: shares of the labels in the fixed and in the moving view, or None.
         spacing: mm of a cell.
         stride: voxels per cell.
         view: the moving view.
@@ -51,7 +51,7 @@ class Crops:
     seen: Bool[Tensor, "B z y x"]
     distinct: Bool[Tensor, "B z y x"]
     guide: Float[Tensor, "B 12 z y x"]
-    labels: Float[Tensor, "B K z y x"] | None
+    labels: tuple[Float[Tensor, "B K z y x"], Float[Tensor, "B K z y x"]] | None
     spacing: Triple
     stride: Size
     view: View
@@ -76,7 +76,7 @@ class Crops:
         seen = self.seen[one], _at(self.seen[other], forth)
         if (seen[0] & seen[1]).float().mean() < LEAST_OVERLAP:
             return []
-        described = [self.moving.detach(), self.guide, *([] if self.labels is None else [self.labels])]
+        described = [self.moving.detach(), self.guide, *([] if self.labels is None else [self.labels[1]])]
         there, back = find([(maps[one], warp(maps[other], forth)) for maps in described], seen, self.spacing)
         return [self._pair(one, other, there, forth), self._pair(other, one, warp(back, -forth), -forth)]
 
@@ -93,7 +93,7 @@ class Crops:
 
         labels = None
         if self.labels is not None:
-            labels = warp(self.labels[one], known), warp(self.labels[other], offset)
+            labels = self.labels[0][one], warp(self.labels[1][other], offset)
         return MapPair(
             fixed=self.fixed[one],
             moving=warp(self.moving[other], offset),
@@ -126,15 +126,17 @@ def pair_crops(
     z, y, x = moving.spacing[0].tolist()
     image = moving.voxels.float()
     guide = torch.stack([mind(volume.mean(0), dilation=isotropic_dilation((z, y, x))) for volume in image])
+    steps = known.new_tensor(stride).view(3, 1, 1, 1)
+    known = _cells(known, stride) / steps
     shares = None
     if labels:
         assert moving.labels is not None
-        shares = _cells(torch.stack([moving.labels == label for label in labels], dim=1).float(), stride)
-    steps = known.new_tensor(stride).view(3, 1, 1, 1)
+        there = _cells(torch.stack([moving.labels == label for label in labels], dim=1).float(), stride)
+        shares = torch.stack([warp(*each) for each in zip(there, known, strict=True)]), there
     return Crops(
         fixed=maps[0],
         moving=maps[1],
-        known=_cells(known, stride) / steps,
+        known=known,
         inside=_cells(inside[:, None].float(), stride)[:, 0] > 0.99,
         seen=_cells(inside_case(moving).float(), stride)[:, 0] > 0.99,
         distinct=_cells(torch.stack([textured(volume) for volume in image])[:, None].float(), stride)[:, 0] > 0,
