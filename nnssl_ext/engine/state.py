@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import nn
@@ -80,7 +80,7 @@ def export(job: Job, method: Method, state: TrainState) -> dict[str, Any]:
 
 def save_latest(path: Path, job: Job, method: nn.Module, optimizer: Optimizer, state: TrainState) -> None:
     """Write the resumable checkpoint: what users get, plus the whole method, optimiser and state."""
-    content = export(job, method, state)  # type: ignore[arg-type]
+    content = export(job, cast(Method, method), state)
     content["resume"] = {
         "method": method.state_dict(),
         "optimizer": optimizer.state_dict(),

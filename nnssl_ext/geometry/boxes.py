@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nnssl_ext.records import Size
@@ -50,6 +51,6 @@ def clip(box: Box, shape: Size) -> Box:
     return Box(lower, _each(lambda below, above: max(below + 1, above), lower, upper))
 
 
-def _each(function, a: Size, b: Size) -> Size:  # type: ignore[no-untyped-def]
+def _each(function: Callable[[int, int], int], a: Size, b: Size) -> Size:
     z, y, x = (int(function(i, j)) for i, j in zip(a, b, strict=True))
     return z, y, x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -242,6 +242,6 @@ def _window(raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"
     return low, high - low if high > low else 1.0
 
 
-def _size(lengths) -> Size:  # type: ignore[no-untyped-def]
+def _size(lengths: Iterable[int]) -> Size:
     z, y, x = lengths
     return z, y, x
