@@ -3,12 +3,15 @@ import pytest
 import torch
 from tiny_dataset import BACKBONES, CONFIGURATION, plans_of, write_dataset
 
+from nnssl_ext.checkpoints.content import checkpoint_content
+from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.data.loader import make_loader
 from nnssl_ext.engine.optim import parameter_groups
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.plans import pretrain_plan
+from nnssl_ext.registration.features import load_features
 from nnssl_ext.registration.pairing import pair_crops
 from nnssl_ext.registration.warp import warp
 from nnssl_ext.trainers.pretraining.registration import RegistrationSettings, RegistrationTrainer
@@ -52,13 +55,43 @@ def test_the_trained_parts_are_the_ones_that_get_a_gradient(cases, backbone, set
     assert not any(tensor.requires_grad for tensor in (*step.terms.values(), *step.watch.values()))
 
 
-def test_the_layer_that_tells_labels_learns_faster_and_is_not_exported():
-    method = method_of("ResEncTiny", labels=(1,))
-    groups = parameter_groups(method, method.optim_rules)
-    rates = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
-    assert rates[id(method.classifier.weight)] == 10
-    assert all(rates[id(parameter)] == 1 for parameter in method.backbone.parameters() if id(parameter) in rates)
-    assert not any("classifier" in name for name in method.export_backbone().state_dict())
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_layer_that_tells_labels_learns_faster_and_is_what_registration_reads(tmp_path, backbone):
+    method = method_of(backbone, labels=(1, 2))
+    rates = {
+        id(parameter): group["lr_scale"]
+        for group in parameter_groups(method, method.optim_rules)
+        for parameter in group["params"]
+    }
+    network = method.export_backbone().network
+    layer = network.decoder.seg_layers[-1]
+    fast = {name for name, parameter in network.named_parameters() if rates[id(parameter)] == 10}
+    assert fast == {name for name, parameter in network.named_parameters() if parameter in set(layer.parameters())}
+    assert layer.weight.shape[0] == 3 and set(rates.values()) == {1, 10}
+    content = checkpoint_content(
+        backbone=method.export_backbone(),
+        plans=plans_of(backbone),
+        configuration=CONFIGURATION,
+        method="RegistrationTrainer",
+        settings={},
+        citations=method.citations,
+        pretrained_prefixes=method.pretrained_prefixes,
+        data_summary={},
+        progress={},
+    )
+    save_checkpoint(tmp_path / "labels.pth", content)
+    (source,) = load_features(f"{tmp_path / 'labels.pth'}@{method.feature_level}", CPU)
+    volume = torch.randn(16, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = network.eval()(volume[None, None])[0].softmax(dim=0)
+    torch.testing.assert_close(source.describe(volume, (1.0, 1.0, 1.0)).values, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"labels": (1,), "segmentation": 0.0}, {"labels": (1,), "level": "encoder"}])
+def test_without_that_layer_registration_reads_the_trained_map(settings):
+    method = method_of("PrimusTiny", **settings)
+    assert method.feature_level == ("encoder0" if "level" in settings else "decoder0")
+    assert not any("seg_layers" in prefix for prefix in method.pretrained_prefixes)
 
 
 def test_a_single_case_teaches_without_others(cases):

@@ -11,6 +11,7 @@ from checkpoint_helpers import content_of, plans_of, primus, resenc
 
 from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.build import build_network
 from nnssl_ext.registration.encoder import load_encoder, random_encoder
 from nnssl_ext.registration.extraction import FeatureMap
 from nnssl_ext.registration.features import load_features, pair_features, working_spacing
@@ -165,6 +166,27 @@ class TestNetworks:
         kernel = encoder.backbone.network.state_dict()["down_projection.proj.weight"]
         assert torch.allclose(kernel, saved.sum(dim=1, keepdim=True), atol=1e-6)
 
+    @pytest.mark.parametrize("architecture", [primus([16, 16, 16]), resenc()], ids=["primus", "resenc"])
+    def test_labels_are_what_nnunets_network_makes_of_the_scan(self, tmp_path, architecture):
+        path, plans = tmp_path / "nnunet.pth", plans_of(architecture, [16, 16, 16])
+        torch.manual_seed(3)
+        network = build_network(plans, "3d_fullres", 1, 4).eval()
+        labels = {"background": 0, "a": 1, "b": 2, "c": 3}
+        arguments = {"plans": plans, "configuration": "3d_fullres", "dataset_json": {"labels": labels}}
+        content = {"network_weights": network.state_dict(), "init_args": arguments, "trainer_name": "nnUNetTrainer"}
+        torch.save(content, path)
+        (source,) = load_features(f"{path}@labels", CPU)
+        volume = noise(16, 32, 16)
+        with torch.no_grad():
+            expected = network(volume[None, None])[0].softmax(dim=0)
+        found = source.describe(volume, (1.0, 1.0, 1.0))
+        torch.testing.assert_close(found.on_grid((16, 32, 16)), expected)
+        assert source.components is None and found.values.std(dim=(1, 2, 3)).min() > 1e-4
+        arguments["dataset_json"] = {"labels": {"background": 0, "whole": [1, 2], "core": 2}}
+        torch.save(content, path)
+        with pytest.raises(NnsslError, match="labels that exclude each other"):
+            load_features(f"{path}@labels", CPU)
+
     def test_what_cannot_be_used_is_named(self, tmp_path, checkpoint):
         content = torch.load(checkpoint, weights_only=True)
         prefixes = load_encoder(checkpoint, CPU).backbone.encoder_prefixes
@@ -180,6 +202,8 @@ class TestNetworks:
         save_checkpoint(tmp_path / "encoder_only.pth", content)
         with pytest.raises(NnsslError, match="left the decoder untouched"):
             load_features(f"{tmp_path / 'encoder_only.pth'}@decoder0", CPU)
+        with pytest.raises(NnsslError, match="did not teach it labels"):
+            load_features(f"{tmp_path / 'encoder_only.pth'}@labels", CPU)
         with pytest.raises(NnsslError, match="no feature 'mint'"):
             load_features("mint", CPU)
         with pytest.raises(NnsslError, match="holds no plans"):

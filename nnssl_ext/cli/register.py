@@ -41,8 +41,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-c",
         metavar="FEATURES",
-        help="a checkpoint of nnssl-ext, nnssl or nnU-Net (also hf:OWNER/NAME); mind; intensity; random:PLANS.json, the same network untrained; or "
-        "several joined by +. A network may be followed by @ and a level, e.g. last.pth@encoder1+mind",
+        help="a checkpoint of nnssl-ext, nnssl or nnU-Net (also hf:OWNER/NAME); mind; intensity; random:PLANS.json, the same network "
+        "untrained; or several joined by +. A network may be followed by @ and a level, e.g. last.pth@encoder1+mind; @labels stands "
+        "for what the segmentation layer of a fine-tuned network tells",
     )
     p.add_argument("-o", type=Path, metavar="OUT", help="folder for the results")
     p.add_argument("--fixed-mask", type=Path, help="where to look in the fixed scan; on its grid")

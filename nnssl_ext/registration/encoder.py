@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float, Real
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.nnssl_format import from_nnssl
@@ -22,6 +22,7 @@ from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 from nnssl_ext.networks.build import build_backbone
+from nnssl_ext.networks.segmentation_layer import trained_layer
 from nnssl_ext.plans import configuration_of
 from nnssl_ext.records import Size
 
@@ -43,6 +44,7 @@ class Encoder:
         intensities: the data set's foreground statistics, which CT normalisation needs.
         weights: whose weights these are, one phrase.
         untrained: names of weights that no training touched.
+        tells_labels: whether the segmentation layer was trained to tell labels of which each voxel has one.
         notes: what deserves attention, one sentence each.
     """
 
@@ -55,6 +57,7 @@ class Encoder:
     intensities: Mapping[str, float]
     weights: str
     untrained: frozenset[str] = frozenset()
+    tells_labels: bool = False
     notes: tuple[str, ...] = ()
 
     def require_decoder(self) -> None:
@@ -66,6 +69,18 @@ class Encoder:
         if any(key.startswith(self.backbone.decoder_prefixes) for key in self.untrained):
             raise NnsslError(
                 f"{self.weights}: its training left the decoder untouched", "use the encoder's levels, such as encoder0"
+            )
+
+    def require_labels(self) -> None:
+        """Refuse a network that was not taught labels, each voxel one.
+
+        Raises:
+            NnsslError: it was not.
+        """
+        if not self.tells_labels:
+            raise NnsslError(
+                f"{self.weights}: its training did not teach it labels that exclude each other",
+                "use a checkpoint of nnUNetv2_train, or of RegistrationTrainer with --labels, or a level such as decoder0",
             )
 
     def normalise(self, raw: Real[np.ndarray, "Z Y X"]) -> Float[np.ndarray, "Z Y X"]:
@@ -99,12 +114,24 @@ class Source:
         pretrained: its weights and what is known of them.
         plans, configuration: what builds its network.
         learned_from: the cases behind it, as far as they are recorded.
+        overlapping: whether what its segmentation layer tells are regions that may overlap.
     """
 
     pretrained: Pretrained
     plans: dict[str, Any]
     configuration: str
     learned_from: TrainingCases
+    overlapping: bool = False
+
+    @property
+    def segmentation_layer(self) -> dict[str, Tensor]:
+        """Its weights, where it was trained."""
+        return trained_layer(self.pretrained.weights, self.pretrained.not_pretrained)
+
+    @property
+    def classes(self) -> int:
+        """Labels that this layer tells, the background included; 2 where it was not trained."""
+        return next((len(value) for value in self.segmentation_layer.values()), 2)
 
 
 def read_source(path: Path) -> Source:
@@ -126,7 +153,10 @@ def read_source(path: Path) -> Source:
             raise NnsslError(
                 f"{path.name} does not say how its network is built", "use a checkpoint of nnU-Net 2.2 or newer"
             )
-        return Source(_from_nnunet(content, plans, configuration, path.name), plans, configuration, cases)
+        labels = (content["init_args"].get("dataset_json") or {}).get("labels", {})
+        overlapping = any(isinstance(label, list | tuple) and len(label) > 1 for label in labels.values())
+        pretrained = _from_nnunet(content, plans, configuration, path.name)
+        return Source(pretrained, plans, configuration, cases, overlapping)
     source = from_nnssl(content, path.name)
     return Source(source, _plans_of(source), "3d_fullres", cases)
 
@@ -152,9 +182,9 @@ def trained_encoder(source: Source, device: torch.device, channels: int = CHANNE
     pretrained = source.pretrained
     origin = pretrained.origin
     about = f"{pretrained.method} ({origin})"
-    encoder = _initial(
-        source.plans, source.configuration, device, about, 0, channels
-    )  # what no training touched is alike too
+    encoder = _initial(  # what no training touched is alike too
+        source.plans, source.configuration, device, about, 0, channels, source.classes
+    )
     network = encoder.backbone.network
     table = transfer(pretrained, network, pretrained.architecture, channels, f"of {origin}")
     untrained = frozenset(table.keys("new"))
@@ -164,19 +194,22 @@ def trained_encoder(source: Source, device: torch.device, channels: int = CHANNE
             f"{origin} lacks {len(lacking)} weights of the encoder, e.g. {lacking[0]}",
             "use a checkpoint whose pretraining has an encoder (nnssl_inspect shows what is in it)",
         )
+    layer = source.segmentation_layer
+    network.load_state_dict(layer, strict=False)
     notes = list(pretrained.notes)
     if pretrained.input_channels != channels:
         to = "one" if channels == 1 else str(channels)
         notes.append(
             f"the network was trained on {pretrained.input_channels} channels; their weights were summed for {to}"
         )
-    return replace(encoder, untrained=untrained, notes=tuple(notes))
+    tells_labels = bool(layer) and not source.overlapping
+    return replace(encoder, untrained=untrained.difference(layer), tells_labels=tells_labels, notes=tuple(notes))
 
 
 def untrained_encoder(source: Source, device: torch.device, seed: int, channels: int = CHANNELS) -> Encoder:
     """The same network with nnU-Net's initial weights: the control."""
     about = f"random weights, seed {seed} ({source.pretrained.origin})"
-    return _initial(source.plans, source.configuration, device, about, seed, channels)
+    return _initial(source.plans, source.configuration, device, about, seed, channels, source.classes)
 
 
 def random_encoder(path: Path, device: torch.device, seed: int = 0) -> Encoder:
@@ -197,22 +230,24 @@ def random_encoder(path: Path, device: torch.device, seed: int = 0) -> Encoder:
     if not volumes:
         raise NnsslError(f"{path} has no 3D configuration", "give plans with one, such as 3d_fullres")
     configuration = "3d_fullres" if "3d_fullres" in volumes else volumes[0]
-    return _initial(plans, configuration, device, f"random weights, seed {seed} ({path.name})", seed, CHANNELS)
+    return _initial(plans, configuration, device, f"random weights, seed {seed} ({path.name})", seed)
 
 
 def _initial(
-    plans: dict[str, Any], configuration: str, device: torch.device, weights: str, seed: int, channels: int
+    plans: dict[str, Any],
+    configuration: str,
+    device: torch.device,
+    weights: str,
+    seed: int,
+    channels: int = CHANNELS,
+    classes: int = 2,
 ) -> Encoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _build(plans, configuration, device, weights, channels)
-
-
-def _build(plans: dict[str, Any], configuration: str, device: torch.device, weights: str, channels: int) -> Encoder:
     found = configuration_of(plans, configuration)
     if len(found["patch_size"]) != 3:
         raise NnsslError(f"configuration {configuration} of {weights} is 2D", "a 3D network is needed")
-    backbone = build_backbone(plans, configuration, channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = build_backbone(plans, configuration, channels, classes)
     module = cast(nn.Module, backbone).eval().requires_grad_(False).to(device)
     forward = [int(axis) for axis in plans.get("transpose_forward", (0, 1, 2))]
     spacing = [0.0] * 3

@@ -15,10 +15,13 @@ from torch.nn import functional
 
 from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.networks.segmentation_layer import segmentation_layer
 from nnssl_ext.records import Size
 from nnssl_ext.registration.tiling import Encode, tiled
 
 Volume = Float[Tensor, "C Z Y X"]
+LABELS = "labels"
+"""The level of what a network tells of labels, where its segmentation layer was trained."""
 # Beyond these tokens attention, quadratic in them, takes minutes even where memory allows (a guess, not measured on GPUs).
 LONGEST_SEQUENCE = {"cpu": 20_000, "cuda": 300_000}
 # Live float32 values per channel and position at the widest point: residual, norm, q, k, v and both halves of a gated MLP of
@@ -31,8 +34,8 @@ class ExtractionSettings:
     """How features are read from a backbone.
 
     Attributes:
-        level: ``encoder<i>`` or ``decoder<i>``, 0 the finest; "" for the encoder's finest level that is coarser than the image,
-            which for token backbones is the token map.
+        level: ``encoder<i>`` or ``decoder<i>``, 0 the finest; ``labels``, the probabilities of the segmentation layer's labels; ""
+            for the encoder's finest level that is coarser than the image, which for token backbones is the token map.
         shifts: passes per axis over the volume shifted by equal parts of the level's stride, interlaced: 2 gives half the
             stride for 8 passes. At most the stride itself; encoder levels only.
         zoom: the volume is enlarged by this factor first: 2 gives half the stride for 8 times the tokens.
@@ -144,7 +147,7 @@ def extract(
     assert values is not None
     fine = [n / count for n, count in zip(padded, values.shape[1:], strict=True)]
     first = [(edge - 1) / 2 - (edge - small) for edge, small in zip(stride, step, strict=True)]
-    if settings.level.startswith("decoder"):
+    if not settings.level.startswith("encoder") and settings.level:
         first = [(edge - 1) / 2 for edge in fine]
     sz, sy, sx = (edge / zoom for edge in fine)
     oz, oy, ox = ((offset + 0.5) / zoom - 0.5 for offset in first)
@@ -187,19 +190,22 @@ def _level(backbone: Backbone, settings: ExtractionSettings) -> tuple[Encode, Si
     coarse = [i for i, stride in enumerate(backbone.strides) if max(stride) > 1]
     name = settings.level or f"encoder{coarse[0]}"
     levels = {"encoder": len(backbone.channels), "decoder": len(backbone.decoder_channels)}
-    known = [f"{kind}{i}" for kind, count in levels.items() for i in range(count)]
+    known = [*(f"{kind}{i}" for kind, count in levels.items() for i in range(count)), LABELS]
     if name not in known:
         raise unknown_name("level of the network", name, known)
-    kind, index = name[:7], int(name[7:])
-    if kind == "decoder" and settings.shifts > 1:
+    in_encoder, index = name.startswith("encoder"), 0 if name == LABELS else int(name[7:])
+    if not in_encoder and settings.shifts > 1:
         raise NnsslError(f"shifted passes cannot be interlaced for {name}", "use an encoder level, or one pass")
 
     def encode(voxels: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast(voxels.device.type, torch.bfloat16, enabled=voxels.device.type == "cuda"):
             features = backbone.forward_features(voxels[None])
-            return ((features if kind == "encoder" else backbone.forward_decoder(features)).levels[index][0],)
+            maps = (features if in_encoder else backbone.forward_decoder(features)).levels[index]
+            if name == LABELS:
+                maps = segmentation_layer(backbone.network)[1](maps).float().softmax(dim=1)
+            return (maps[0],)
 
-    return encode, backbone.strides[index] if kind == "encoder" else (1, 1, 1)
+    return encode, backbone.strides[index] if in_encoder else (1, 1, 1)
 
 
 def _in_tiles(

@@ -16,7 +16,7 @@ from nnssl_ext.checkpoints.source import with_local_files
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.records import Size
 from nnssl_ext.registration.encoder import Encoder, load_encoder, random_encoder
-from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, extract
+from nnssl_ext.registration.extraction import LABELS, ExtractionSettings, FeatureMap, extract
 from nnssl_ext.registration.mind import isotropic_dilation, mind
 from nnssl_ext.registration.projection import COMPONENTS, fuse, joint_pca
 
@@ -160,7 +160,8 @@ def load_features(
 
     Args:
         text: ``mind``, ``intensity``, a checkpoint (also ``hf:OWNER/NAME``), ``random:`` and a plans file or a checkpoint of
-            ours, or several of these joined by ``+``. A network may be followed by ``@`` and a level of its own, as in ``last.pth@decoder0+mind``.
+            ours, or several of these joined by ``+``. A network may be followed by ``@`` and a level of its own, as in
+            ``last.pth@decoder0+mind``.
         extraction: how maps are read from networks.
         seed: of random weights.
 
@@ -222,17 +223,20 @@ def _source(name: str, device: torch.device, extraction: ExtractionSettings, see
     file, at, level = name.partition("@")
     if at:
         extraction = replace(extraction, level=level)
+    components = None if extraction.level == LABELS else COMPONENTS
     if file.startswith(RANDOM):
-        return Network(name, random_encoder(Path(file.removeprefix(RANDOM)), device, seed), extraction)
+        return Network(name, random_encoder(Path(file.removeprefix(RANDOM)), device, seed), extraction, components)
     if not Path(file).is_file():
         raise NnsslError(
             f"no feature '{name}', and no checkpoint of that name",
             "give mind, intensity, a checkpoint, random:PLANS.json, or several joined by +",
         )
     encoder = load_encoder(Path(file), device)
-    if extraction.level.startswith("decoder"):
+    if extraction.level == LABELS:
+        encoder.require_labels()
+    elif extraction.level.startswith("decoder"):
         encoder.require_decoder()
-    return Network(name, encoder, extraction)
+    return Network(name, encoder, extraction, components)
 
 
 def _window(raw: Real[np.ndarray, "Z Y X"], foreground: Bool[np.ndarray, "Z Y X"]) -> tuple[float, float]:

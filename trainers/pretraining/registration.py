@@ -7,7 +7,8 @@ and places that correspond should be more alike than others (voxel InfoNCE). No 
 the map that `nnssl_register -c CHECKPOINT@decoder0` reads; the squared differences are those that the solver minimises.
 
 Weak supervision, where asked for: labels join what cases are registered by, their overlap after the search is a loss too, and
-a linear layer, which is not exported, should tell them from the trained map.
+the network's segmentation layer should tell them from the trained map. `nnssl_register -c CHECKPOINT@labels` then registers by
+what it tells, which is much better for these labels than the map itself, and says nothing about what has none.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.segmentation_layer import segmentation_layer, tell_labels
 from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.segmentation import segmentation_loss
 from nnssl_ext.records import Features, Size, Step, View
+from nnssl_ext.registration.extraction import LABELS
 from nnssl_ext.registration.learning import (
     LayerSettings,
     MapPair,
@@ -68,8 +71,8 @@ class RegistrationSettings:
         cross: weight of pairs of different cases against 1 for pairs of one case.
         labels: weak supervision with these labels of the dataset's segmentations; none: no label is read.
         overlap: weight of the labels' overlap.
-        segmentation: weight of telling labels from the trained map; the search alone teaches them at its cells' resolution. At 3
-            it makes 0.3 to 0.4 of the gradient (hippocampus).
+        segmentation: weight of telling labels, where the decoder is trained; the search alone teaches them at its cells'
+            resolution. At 3 it makes 0.3 to 0.4 of the gradient (hippocampus).
         spatial, shift, warp, intensity: how the two sides of a pair of one case differ, see `RegistrationPairs`.
         optim: AdamW.
     """
@@ -141,14 +144,19 @@ class RegistrationTrainer(nn.Module):
             labels=bool(settings.labels),
         )
         in_decoder = settings.level == "decoder"
-        channels = backbone.decoder_channels[0] if in_decoder else backbone.channels[-1]
-        self.classifier = nn.Conv3d(channels, 1 + len(settings.labels), 1) if settings.labels else None
         self.pretrained_prefixes = backbone.encoder_prefixes + (backbone.decoder_prefixes if in_decoder else ())
         self.feature_level = "decoder0" if in_decoder else f"encoder{len(backbone.channels) - 1}"
+        self.optim_rules: tuple[OptimRule, ...] = ()
+        self.tells_labels = bool(settings.labels and settings.segmentation and in_decoder)
+        if self.tells_labels:
+            tell_labels(backbone.network, 1 + len(settings.labels))
+            prefix, _ = segmentation_layer(backbone.network)
+            self.pretrained_prefixes += (prefix,)
+            self.feature_level = LABELS
+            # At the backbone's rate its loss fell to 1.04 in 200 steps, at ten times the rate to 0.48 in 50 (hippocampus).
+            self.optim_rules = (OptimRule(f"backbone.network.{prefix}", lr_scale=10.0),)
         if isinstance(backbone, TokenBackbone):
             backbone.mask_token.requires_grad_(False)  # nothing is masked
-        # At the backbone's rate its loss fell to 1.04 in 200 steps, at ten times the rate to 0.48 in 50 (hippocampus).
-        self.optim_rules: tuple[OptimRule, ...] = (OptimRule("classifier.", lr_scale=10.0),) if settings.labels else ()
 
     def forward(self, views: tuple[View, ...]) -> Step:
         """Losses of all pairs of the batch."""
@@ -225,11 +233,12 @@ class RegistrationTrainer(nn.Module):
 
     def _segmentation(self, crops: Crops) -> Losses:
         """`segmentation_loss` of all views, where labels teach."""
-        if self.classifier is None or crops.labels is None:
+        if not self.tells_labels or crops.labels is None:
             return {}
+        _, layer = segmentation_layer(self.backbone.network)
         sides = (crops.fixed, crops.labels[0], crops.inside), (crops.moving, crops.labels[1], crops.seen)
         losses = [
-            segmentation_loss(self.classifier(maps[None])[0], shares, weight.float())
+            segmentation_loss(layer(maps[None])[0], shares, weight.float())
             for side in sides
             for maps, shares, weight in zip(*side, strict=True)
         ]
