@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_dataset import BACKBONES, CONFIGURATION, job_of, log_of, weights_of, write_dataset
+from tiny_dataset import BACKBONES, CONFIGURATION, job_of, log_of, plans_of, weights_of, write_dataset
 
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.tensors import interpolate_positions, resize_token_kernel
@@ -13,6 +13,8 @@ from nnssl_ext.engine import loop
 from nnssl_ext.engine.job import Job
 from nnssl_ext.engine.method import TEACHER, begin
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.build import build_network
+from nnssl_ext.networks.segmentation_layer import segmentation_layer
 
 SHORT = ("--epochs", "1", "--iterations", "2")
 
@@ -112,6 +114,53 @@ def test_weights_of_another_method_or_network(dataset):
     )
     with pytest.raises(NnsslError, match="holds a SegmentationPrimus, plans nnsslResEncTinyPlans build"):
         begin(job_of("-pretrained_weights", path, backbone="ResEncTiny"))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_registration_goes_on_from_a_model_that_nnunet_trained(dataset, tmp_path, backbone):
+    plans = plans_of(backbone)
+    torch.manual_seed(5)
+    trained = build_network(plans, CONFIGURATION, 1, 3).state_dict()
+    arguments = {"plans": plans, "configuration": CONFIGURATION, "dataset_json": {}}
+    path = tmp_path / "nnunet.pth"
+    torch.save({"network_weights": trained, "init_args": arguments, "trainer_name": "nnUNetTrainer"}, path)
+    flags = ("-pretrained_weights", str(path), "--seed", "1")
+    started = begin(job_of(*flags, "--labels", "1", "2", method="RegistrationTrainer", backbone=backbone))
+    network, table = started.method.backbone.network, started.table
+    prefix, _ = segmentation_layer(network)
+    mine = network.state_dict()
+    for key, value in trained.items():
+        if prefix in key or ".seg_layers." not in key:
+            assert torch.equal(mine[key], value), key
+    assert {row.action for row in table.rows if row.key.startswith(prefix)} == {"loaded"}
+    assert {row.action for row in table.rows if ".seg_layers." not in row.key and "mask_token" not in row.key} == {
+        "loaded"
+    }
+    assert (started.origin["kind"], started.origin["method"]) == ("nnunet", "nnUNetTrainer")
+    other = begin(job_of(*flags, "--labels", "1", method="RegistrationTrainer", backbone=backbone))
+    layer = [row for row in other.table.rows if row.key.startswith(prefix)]
+    assert {(row.action, row.why) for row in layer} == {("new", "the checkpoint tells no 2 labels")}
+    assert other.method.backbone.network.state_dict()[f"{prefix}bias"].shape == (2,)
+
+
+def test_the_layer_that_tells_labels_is_taken_over_from_our_runs_that_trained_it(dataset):
+    def from_checkpoint(job):
+        weights = str(job.output / "checkpoint_final.pth")
+        flags = ("--labels", "1", "2", "-pretrained_weights", weights, "--name", "b", "--seed", "1")
+        started = begin(job_of(*flags, method="RegistrationTrainer"))
+        prefix, layer = segmentation_layer(started.method.backbone.network)
+        return (
+            layer.weight,
+            weights_of(job)[f"{prefix}weight"],
+            {row.action for row in started.table.rows if row.key.startswith(prefix)},
+        )
+
+    job = job_of(*SHORT, "--labels", "1", "2", method="RegistrationTrainer")
+    assert loop.pretrain(job)
+    mine, others, actions = from_checkpoint(job)
+    assert torch.equal(mine, others) and actions == {"loaded"}
+    mine, others, actions = from_checkpoint(trained("MAETrainer"))
+    assert mine.shape != others.shape and actions == {"new"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

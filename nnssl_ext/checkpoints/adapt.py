@@ -13,6 +13,7 @@ from typing import Any
 from nnssl_ext.checkpoints.content import assemble
 from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
 from nnssl_ext.checkpoints.nnssl_format import from_nnssl
+from nnssl_ext.checkpoints.nnunet_format import from_nnunet
 from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
 from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.checkpoints.source import name_of
@@ -49,18 +50,23 @@ class Adapted:
     notes: tuple[str, ...] = ()
 
 
-def read_pretrained(source: str | os.PathLike[str], fix_nnssl_axes: bool = False) -> Pretrained:
+def read_pretrained(
+    source: str | os.PathLike[str], fix_nnssl_axes: bool = False, segmentation_models: bool = False
+) -> Pretrained:
     """A pretraining checkpoint of ours, of nnssl or of OpenMind.
 
     Args:
         source: as `checkpoint_file` takes it.
         fix_nnssl_axes: see `from_nnssl`.
+        segmentation_models: also take what nnU-Net trained, to pretrain further.
 
     Raises:
         NnsslError: missing, damaged or foreign file, or a model that nnU-Net trained.
     """
     content, name = load_checkpoint(source), name_of(source)
     kind = kind_of(content, name)
+    if kind == "nnunet" and segmentation_models:
+        return from_nnunet(content, name)
     if kind == "nnunet":
         raise NnsslError(
             f"{name} is a segmentation model that nnU-Net trained, not a pretraining checkpoint",

@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
         "-pretrained_weights",
         type=Path,
         metavar="CHECKPOINT",
-        help="start from the weights of this pretraining run (also hf:OWNER/NAME), with schedules of its own: larger "
-        "crops and smaller tokens are adapted to; its checkpoint_latest.pth also gives heads and mask token",
+        help="start from the weights of this pretraining run (also hf:OWNER/NAME) or model of nnUNetv2_train, with schedules of "
+        "its own: larger crops and smaller tokens are adapted to; checkpoint_latest.pth also gives heads and mask token",
     )
     p.add_argument("--name", help="run of its own beside others with the same method and plans: ends its folder's name")
     p.add_argument("--batch_size", type=int, help="cases per step and process (default: the plans')")

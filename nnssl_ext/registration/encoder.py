@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.nnssl_format import from_nnssl
+from nnssl_ext.checkpoints.nnunet_format import from_nnunet
 from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
 from nnssl_ext.checkpoints.provenance import TrainingCases, training_cases
 from nnssl_ext.checkpoints.schema import kind_of
@@ -148,15 +149,10 @@ def read_source(path: Path) -> Source:
         return Source(source, plans, configuration, training_cases(path, content))
     cases = training_cases(path, content)
     if kind == "nnunet":
-        plans, configuration = (content["init_args"].get(key) for key in ("plans", "configuration"))
-        if not isinstance(plans, dict):
-            raise NnsslError(
-                f"{path.name} does not say how its network is built", "use a checkpoint of nnU-Net 2.2 or newer"
-            )
-        labels = (content["init_args"].get("dataset_json") or {}).get("labels", {})
+        pretrained, started = from_nnunet(content, path.name), content["init_args"]
+        labels = (started.get("dataset_json") or {}).get("labels", {})
         overlapping = any(isinstance(label, list | tuple) and len(label) > 1 for label in labels.values())
-        pretrained = _from_nnunet(content, plans, configuration, path.name)
-        return Source(pretrained, plans, configuration, cases, overlapping)
+        return Source(pretrained, started["plans"], started["configuration"], cases, overlapping)
     source = from_nnssl(content, path.name)
     return Source(source, _plans_of(source), "3d_fullres", cases)
 
@@ -268,29 +264,6 @@ def _initial(
 
 def _found(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
     return configuration_of({"plans_name": "", **plans}, configuration)
-
-
-def _from_nnunet(content: dict[str, Any], plans: dict[str, Any], configuration: str, origin: str) -> Pretrained:
-    """A segmentation model of nnU-Net: its encoder was trained with labels."""
-    found = configuration_of(plans, configuration)
-    if "architecture" not in found:
-        raise NnsslError(f"{origin} has plans of an old nnU-Net", "use a checkpoint of nnU-Net 2.5 or newer")
-    return Pretrained(
-        origin=origin,
-        kind="nnunet",
-        method=str(content.get("trainer_name", "nnU-Net")),
-        weights=content["network_weights"],
-        not_pretrained=frozenset(),
-        architecture=found["architecture"],
-        preset="",
-        input_channels=len(found["normalization_schemes"]),
-        patch_size=tuple(found["patch_size"]),
-        spacing=None,
-        normalization_schemes=tuple(found["normalization_schemes"]),
-        batch_size=int(found["batch_size"]),
-        citations=[],
-        about={},
-    )
 
 
 def _plans_of(source: Pretrained) -> dict[str, Any]:
