@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import write_json
+from nnssl_ext.networks.build import build_network
 from nnssl_ext.registration.benchmark.cells import landmark_error
 from nnssl_ext.registration.benchmark.classical import CLASSICAL
 from nnssl_ext.registration.benchmark.meter import metered
@@ -164,19 +165,27 @@ class TestMethods:
             parse_methods(texts)
 
     def test_networks_get_the_control_that_is_theirs(self, tmp_path):
-        """Two trainings of one network share a control; another level, another fusion or another network has its own."""
+        """Two trainings of one network share a control, whoever trained it; another level, another fusion, another network or
+        other labels have their own.
+        """
         plans = plans_of(primus([16, 16, 16]), [16, 16, 16])
         other = plans_of(primus([16, 16, 16], eva_depth=1), [16, 16, 16])
         for name, content in (("a", content_of(plans)), ("b", content_of(plans, seed=1)), ("c", content_of(other))):
             save_checkpoint(tmp_path / f"{name}.pth", content)
-        a, b, c = (str(tmp_path / f"{name}.pth") for name in "abc")
-        methods = parse_methods(["mind", f"A={a}", f"B={b}", f"C={c}", f"A0={a}@encoder0", f"A+mind={a}+mind"])
+        for name, classes in (("d", 2), ("e", 4)):
+            weights = build_network(plans, "3d_fullres", 1, classes).state_dict()
+            arguments = {"plans": plans, "configuration": "3d_fullres"}
+            content = {"network_weights": weights, "init_args": arguments, "trainer_name": "nnUNetTrainer"}
+            torch.save(content, tmp_path / f"{name}.pth")
+        a, b, c, d, e = (str(tmp_path / f"{name}.pth") for name in "abcde")
+        texts = [f"A={a}", f"B={b}", f"C={c}", f"D={d}", f"E={e}", f"A0={a}@encoder0", f"A+mind={a}+mind"]
+        methods = parse_methods(["mind", *texts])
         found = {method.name: method for method in with_controls(methods, 2, untrained_identity)}
-        assert found["A"].control == found["B"].control == "random weights of A"
-        assert {found[name].control for name in ("C", "A0", "A+mind")} == {
-            f"random weights of {name}" for name in ("C", "A0", "A+mind")
+        assert found["A"].control == found["B"].control == found["D"].control == "random weights of A"
+        assert {found[name].control for name in ("C", "E", "A0", "A+mind")} == {
+            f"random weights of {name}" for name in ("C", "E", "A0", "A+mind")
         }
-        assert found["mind"].control == "" and len(found) == 10
+        assert found["mind"].control == "" and len(found) == 13
         assert found["random weights of A+mind"].features == f"random:{a}+mind"
         assert found["random weights of A0"].features == f"random:{a}@encoder0"
         assert found["random weights of A"].seeds == (0, 1)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.provenance import runs_behind
-from nnssl_ext.checkpoints.schema import kind_of
 from nnssl_ext.checkpoints.source import with_local_files
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import sha256_of
 from nnssl_ext.plans import configuration_of
 from nnssl_ext.registration.benchmark import classical
+from nnssl_ext.registration.encoder import read_source
 from nnssl_ext.registration.features import RANDOM, FeatureSource, Intensity, load_features
 from nnssl_ext.registration.images import Scan
 from nnssl_ext.registration.pipeline import DescribedPair, PairSettings, Registration, deform_pair, describe_pair
@@ -103,13 +102,12 @@ def parse_methods(texts: Sequence[str]) -> list[Method]:
     return methods
 
 
-def with_controls(methods: Sequence[Method], seeds: int, identity: Callable[[Path], str | None]) -> list[Method]:
+def with_controls(methods: Sequence[Method], seeds: int, identity: Callable[[Path], str]) -> list[Method]:
     """The methods and, for those with trained networks, the same networks with random weights.
 
     Args:
         seeds: random networks per control; 0 adds none.
-        identity: checkpoint -> what its untrained network depends on, or None where that cannot be built. Checkpoints that
-            agree in it share one control.
+        identity: checkpoint -> what its untrained network depends on. Checkpoints that agree in it share one control.
     """
     if not seeds:
         return list(methods)
@@ -117,7 +115,7 @@ def with_controls(methods: Sequence[Method], seeds: int, identity: Callable[[Pat
     controls: dict[tuple[str, ...], Method] = {}
     for method in methods:
         identities = {path: identity(path) for path in method.checkpoints}
-        if not identities or None in identities.values():
+        if not identities:
             found.append(method)
             continue
         key = tuple(_control_key(part, identities) for part in method.parts)
@@ -157,20 +155,16 @@ def prepare(
     return lambda strength: deform_pair(pair, lambda: chosen.solve(pair, strength))
 
 
-def untrained_identity(path: Path) -> str | None:
-    """What the random-weight control of a checkpoint depends on: network and preprocessing. None for a checkpoint that is not
-    ours, whose untrained network cannot be built.
+def untrained_identity(path: Path) -> str:
+    """What the random-weight control of a checkpoint depends on: network, labels told, and preprocessing.
 
     Raises:
         NnsslError: no checkpoint.
     """
-    content = load_checkpoint(path)
-    if kind_of(content, path.name) != "nnssl_ext":
-        return None
-    plans = content["nnssl_ext"]["plans"]
-    configuration = configuration_of(plans, content["nnssl_ext"]["configuration"])
-    depends = {key: configuration.get(key) for key in NETWORK_KEYS} | {key: plans.get(key) for key in PLANS_KEYS}
-    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+    source = read_source(path)
+    configuration = configuration_of(source.plans, source.configuration)
+    depends = {key: configuration.get(key) for key in NETWORK_KEYS} | {key: source.plans.get(key) for key in PLANS_KEYS}
+    return hashlib.sha256(json.dumps([depends, source.classes], sort_keys=True).encode()).hexdigest()
 
 
 def pretrained_on(method: Method) -> list[tuple[str, set[str]]]:
@@ -184,7 +178,7 @@ def _deform(pair: DescribedPair, solver: SolverSettings, strength: float | None)
     return register_features(*pair.features, pair.grid.spacing, solver, *pair.counted)
 
 
-def _control_key(part: str, identities: dict[Path, str | None]) -> str:
+def _control_key(part: str, identities: dict[Path, str]) -> str:
     file, _, level = part.partition("@")
     return f"{identities.get(Path(file)) or file}@{level}"
 
