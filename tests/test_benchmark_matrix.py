@@ -256,6 +256,38 @@ class TestExecution:
         (cell,) = small.cells()
         assert (cell.arm, cell.train_cases, cell.epochs, cell.seed) == ("scratch", 1, 1, 0)
 
+    def test_a_command_for_other_cells_adds_to_the_report(self, benchmark, tmp_path):
+        output, other = tmp_path / "out", tmp_path / "other.pth"
+        other.write_bytes(b"other weights")
+        first = saved(replace(benchmark, train_cases=(4,), epochs=(2,)), output, MAE={"about": "mae"})
+        for cell in first[:-1]:
+            finish(cell, output)
+        arms = tuple(parse_arms([f"DINO={other}"], PLANS))
+        second = replace(benchmark, arms=arms, train_cases=(1,), epochs=(4,), seeds=1)
+        for cell in saved(second, output, DINO={"about": "dino"}):
+            finish(cell, output)
+        record, cells = load(output)
+        assert {(cell.arm, cell.train_cases, cell.epochs) for cell in cells} == {
+            ("scratch", 4, 2),
+            ("MAE", 4, 2),
+            ("scratch", 1, 4),
+            ("DINO", 1, 4),
+        }
+        assert set(first[:-1]) < set(cells) and len(cells) == 5 + 2
+        assert record["about"] == {"MAE": {"about": "mae"}, "DINO": {"about": "dino"}}
+        budgets = {(each["first"], each["train_cases"]) for each in write_report(output)["comparisons"]}
+        assert budgets == {("MAE", 4), ("DINO", 1)}
+        slower = {PLANS: replace(second.settings[PLANS], lr_scratch=1e-5)}
+        assert load(output)[1] and set(saved(replace(second, settings=slower), output)) == set(load(output)[1])
+
+    def test_other_weights_under_a_known_name_leave_no_old_figures(self, benchmark, tmp_path):
+        output, few = tmp_path / "out", replace(benchmark, epochs=(2,), seeds=1)
+        for cell in saved(few, output):
+            finish(cell, output)
+        benchmark.arms[1].checkpoint.write_bytes(b"other weights")
+        now = saved(replace(few, train_cases=(1,)), output)
+        assert {(cell.arm, cell.train_cases) for cell in set(load(output)[1]) - set(now)} == {("scratch", 4)}
+
     def test_a_folder_of_something_else_is_not_touched(self, benchmark, tmp_path):
         (tmp_path / "thesis.tex").touch()
         with pytest.raises(NnsslError, match="something else"):

@@ -232,7 +232,8 @@ def claim(benchmark: Benchmark, output: Path) -> None:
 
 
 def save(benchmark: Benchmark, cells: Sequence[Cell], output: Path, about: dict[str, Any]) -> None:
-    """Write ``benchmark.json``: the matrix and its cells, so that a report needs nothing else.
+    """Write ``benchmark.json``: the matrix and its cells, so that a report needs nothing else. Cells that earlier commands finished
+    in this folder stay in it, as long as the matrix would make them alike.
 
     Args:
         about: arm name -> what the page tells about it, in JSON types.
@@ -241,12 +242,15 @@ def save(benchmark: Benchmark, cells: Sequence[Cell], output: Path, about: dict[
         NnsslError: the folder cannot be claimed or written.
     """
     claim(benchmark, output)
+    before = read_json(output / RECORD) if (output / RECORD).is_file() else None
+    whole = _joined(benchmark, before) if before else benchmark
+    kept = [cell for cell in whole.cells() if cell not in cells and cell.finished(output)]
     content = {
         "version": version("nnssl-ext"),
-        **asdict(benchmark),
-        "about": about,
+        **asdict(whole),
+        "about": {**(before["about"] if before else {}), **about},
         "labels": _label_names(read_json(benchmark.preprocessed / "dataset.json")),
-        "cells": [asdict(cell) for cell in cells],
+        "cells": [asdict(cell) for cell in (*cells, *kept)],
     }
     write_json(output / RECORD, json.loads(json.dumps(content, default=str)))
 
@@ -261,6 +265,36 @@ def load(output: Path) -> tuple[dict[str, Any], list[Cell]]:
         raise NnsslError(f"{output} holds no benchmark ({RECORD})", "give the -o of nnssl_benchmark segmentation")
     content = read_json(output / RECORD)
     return content, [Cell(**cell) for cell in content["cells"]]
+
+
+def _joined(benchmark: Benchmark, before: dict[str, Any]) -> Benchmark:
+    """The smallest matrix with both in it, an arm of both as it is today; the benchmark alone if other things differ too."""
+    given = version("nnssl-ext"), benchmark.configuration, benchmark.workers, list(benchmark.split.pool)
+    if given != (before["version"], before["configuration"], before["workers"], before["split"]["pool"]):
+        return benchmark
+    arms = {
+        arm["name"]: Arm(arm["name"], arm["plans"], Path(arm["checkpoint"]) if arm["checkpoint"] else None)
+        for arm in before["arms"]
+    }
+    arms |= {arm.name: arm for arm in benchmark.arms}
+    settings = {
+        plans: FinetuneSettings(**{**values, "betas": tuple(values["betas"])})
+        for plans, values in before["settings"].items()
+    }
+    files = [arm.checkpoint for arm in arms.values() if arm.checkpoint]
+    files += [benchmark.preprocessed / f"{plans}.json" for plans in settings]
+    controlled = {arm.plans for arm in arms.values() if not arm.checkpoint} == {arm.plans for arm in arms.values()}
+    alike = all(settings.get(plans, values) == values for plans, values in benchmark.settings.items())
+    if not (controlled and alike and all(path.is_file() for path in files)):
+        return benchmark
+    return replace(
+        benchmark,
+        arms=tuple(arms.values()),
+        train_cases=tuple(sorted({*before["train_cases"], *benchmark.train_cases})),
+        epochs=tuple(sorted({*before["epochs"], *benchmark.epochs})),
+        seeds=max(before["seeds"], benchmark.seeds),
+        settings={**settings, **benchmark.settings},
+    )
 
 
 def _label_names(dataset: dict[str, Any]) -> dict[str, str]:

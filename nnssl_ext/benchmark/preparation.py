@@ -110,8 +110,7 @@ def keep_checkpoints(benchmark: Benchmark, output: Path) -> Benchmark:
     Raises:
         NnsslError: they cannot be written.
     """
-
-    folder = output / "checkpoints"
+    folder = (output / "checkpoints").resolve()
 
     def kept(arm: Arm) -> Arm:
         if arm.checkpoint is None:

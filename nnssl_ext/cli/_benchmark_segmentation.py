@@ -31,8 +31,8 @@ def add_parsers(commands: Any) -> None:
         help="Dice of checkpoints and of training from scratch by number of labelled cases, as a page and JSON",
         description="Fine-tune checkpoints and train from scratch with stock nnUNetv2_train: every arm with the same labelled "
         "cases, batches and iterations, judged by the same untouched cases with nnU-Net's own prediction and metrics.",
-        epilog="Every cell is kept as a file: the same command goes on where it stopped, and more arms, cases, epochs or seeds "
-        "may be added. Fine-tuning settings of all cells are flags too, e.g. --iterations_per_epoch 30 --evaluations 3; "
+        epilog="Every cell is kept as a file: the same command goes on where it stopped, and one with other arms, cases, epochs "
+        "or seeds adds to what is there. Fine-tuning settings of all cells are flags too, e.g. --iterations_per_epoch 30 --evaluations 3; "
         "nnssl_adapt --settings lists them.",
     )
     p.add_argument(
