@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from nnssl_ext.benchmark.execution import execute
-from nnssl_ext.benchmark.matrix import RESULT, Cell, load
+from nnssl_ext.benchmark.matrix import RESULT, Cell
+from nnssl_ext.benchmark.record import load
 from nnssl_ext.benchmark.report import write_report
 from nnssl_ext.files import write_json
 

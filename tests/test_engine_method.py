@@ -144,9 +144,9 @@ def test_registration_goes_on_from_a_model_that_nnunet_trained(dataset, tmp_path
 
 
 def test_the_layer_that_tells_labels_is_taken_over_from_our_runs_that_trained_it(dataset):
-    def from_checkpoint(job):
+    def from_checkpoint(job, *labels):
         weights = str(job.output / "checkpoint_final.pth")
-        flags = ("--labels", "1", "2", "-pretrained_weights", weights, "--name", "b", "--seed", "1")
+        flags = ("--labels", *labels, "-pretrained_weights", weights, "--name", "b", "--seed", "1")
         started = begin(job_of(*flags, method="RegistrationTrainer"))
         prefix, layer = segmentation_layer(started.method.backbone.network)
         return (
@@ -157,10 +157,10 @@ def test_the_layer_that_tells_labels_is_taken_over_from_our_runs_that_trained_it
 
     job = job_of(*SHORT, "--labels", "1", "2", method="RegistrationTrainer")
     assert loop.pretrain(job)
-    mine, others, actions = from_checkpoint(job)
+    mine, others, actions = from_checkpoint(job, "1", "2")
     assert torch.equal(mine, others) and actions == {"loaded"}
-    mine, others, actions = from_checkpoint(trained("MAETrainer"))
-    assert mine.shape != others.shape and actions == {"new"}
+    mine, others, actions = from_checkpoint(trained("MAETrainer"), "1")  # of the right shape, but never trained
+    assert mine.shape == others.shape and not torch.equal(mine, others) and actions == {"new"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from nnssl_ext.benchmark.cell import PREDICTIONS
-from nnssl_ext.benchmark.matrix import Cell, load
+from nnssl_ext.benchmark.matrix import Cell
+from nnssl_ext.benchmark.record import load
 from nnssl_ext.benchmark.summary import summarise
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json

@@ -25,7 +25,7 @@ def summarise(record: dict[str, Any], cells: Sequence[Cell], output: Path) -> di
     """The benchmark's result in JSON types, also of one that is still running.
 
     Args:
-        record: from `matrix.load`, with its cells.
+        record: from `record.load`, with its cells.
         output: the benchmark's folder.
     """
     results = {cell: found for cell in cells if (found := cell.finished(output))}

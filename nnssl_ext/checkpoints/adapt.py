@@ -61,7 +61,7 @@ def read_pretrained(
         segmentation_models: also take what nnU-Net trained, to pretrain further.
 
     Raises:
-        NnsslError: missing, damaged or foreign file, or a model that nnU-Net trained.
+        NnsslError: missing, damaged or foreign file, or a model that nnU-Net trained where none is wanted.
     """
     content, name = load_checkpoint(source), name_of(source)
     kind = kind_of(content, name)

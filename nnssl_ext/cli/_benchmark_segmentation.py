@@ -87,8 +87,8 @@ def add_parsers(commands: Any) -> None:
 def main(args: argparse.Namespace, rest: list[str]) -> int:
     """Run, or go on with, a benchmark."""
     from nnssl_ext.benchmark.execution import Workers, execute, submit
-    from nnssl_ext.benchmark.matrix import claim, save
     from nnssl_ext.benchmark.preparation import check_arms, keep_checkpoints, visible_gpus
+    from nnssl_ext.benchmark.record import claim, save
 
     benchmark = _benchmark(args, rest)
     device = device_name(args.device)
