@@ -101,6 +101,13 @@ def test_a_single_case_teaches_without_others(cases):
     assert set(method.pictures(views_of(cases, method.view_policy, batch=1))) >= {"fixed", "moving, registered"}
 
 
+def test_a_weight_of_zero_spares_registering_different_cases(cases, monkeypatch):
+    method = method_of(cross=0.0)
+    monkeypatch.setattr(method, "_find", lambda *_: pytest.fail("different cases were registered"))
+    step = method(views_of(cases, method.view_policy))
+    assert step.terms["cross_error"] == step.terms["cross_contrast"] == 0 < step.terms["error"]
+
+
 def crops_of(cases, stride=(1, 1, 1), labels=()):
     """Crops whose feature maps are the images themselves."""
     policy = RegistrationPairs((16, 16, 16), intensity=NO_INTENSITY, labels=bool(labels))

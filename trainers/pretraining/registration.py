@@ -68,7 +68,7 @@ class RegistrationSettings:
         temperature: of the InfoNCE, on squared differences (channel mean) of which unrelated places have about 0.21; logits then
             span 10, as those of cosines at CoRe's 0.1.
         contrast: weight of the InfoNCE; that of the displacement error, in cells of the layer, is 1.
-        cross: weight of pairs of different cases against 1 for pairs of one case.
+        cross: weight of pairs of different cases against 1 for pairs of one case; 0 spares registering them.
         labels: weak supervision with these labels of the dataset's segmentations; none: no label is read.
         overlap: weight of the labels' overlap.
         segmentation: weight of telling labels, where the decoder is trained; the search alone teaches them at its cells'
@@ -168,7 +168,8 @@ class RegistrationTrainer(nn.Module):
             first, second = maps.float().chunk(2)
             crops = pair_crops(fixed, moving, deformation, (first, second), stride, self.settings.labels)
             same = [self._losses(pair) for pair in crops.same()]
-            different = [self._losses(pair) for pair in crops.different(self._find)]
+            found = crops.different(self._find) if self.settings.cross else []
+            different = [self._losses(pair) for pair in found]
             told = self._segmentation(crops)
         return self._step(same, different, told, features)
 
