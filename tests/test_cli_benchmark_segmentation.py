@@ -85,6 +85,20 @@ def test_from_the_command_to_the_page(checkpoint, instant, tmp_path, monkeypatch
     assert len(instant) == 12 and all(name.endswith("seed 2") for name in instant[8:])
 
 
+def test_two_commands_at_a_time_leave_the_cells_of_both_in_the_report(checkpoint, tmp_path, monkeypatch):
+    out, started = tmp_path / "out", []
+
+    def run(workers, cell, slot):
+        if not started:  # while the first command works on its first cell, the second comes and goes
+            started.append(cell)
+            assert call(monkeypatch, *flags(checkpoint, out, "--train_cases", 1)) == 0
+        finish(cell, workers.output)
+
+    monkeypatch.setattr(Workers, "run", run)
+    assert call(monkeypatch, *flags(checkpoint, out, "--train_cases", 2)) == 0
+    assert read_json(out / "report.json")["cells"] == {"done": 8, "all": 8}
+
+
 def test_dry_run_lists_cells_and_hours(checkpoint, instant, tmp_path, monkeypatch, capsys):
     """Fake cells take 0.5 s per iteration and 10 s per evaluation, 20 s for the pilot's two: 10 + 2 x 10 s per cell."""
     out = tmp_path / "out"

@@ -120,6 +120,7 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
             failures = execute(cells, args.o, workers.run, args.side_by_side, say)
         finally:
             workers.stop()
+    save(benchmark, cells, args.o, about)  # again: a command for other cells may have written it meanwhile
     _tell(args.o, say)
     return USER_ERROR if failures else 0
 
