@@ -124,7 +124,8 @@ SWIN = FinetuneSettings(
 )
 
 # The small presets train for CPU minutes, where nnU-Net's SGD at 1e-2 is hopeless (hippocampus, 450 iterations: 0.36 Dice
-# against 0.86 with AdamW) and augmentation costs more than it gives.
+# against 0.86 with AdamW) and, with 20 labelled cases, augmentation gives nothing (0.86 with and without). With one case it
+# does: docs/hippocampus.md.
 _SMALL: dict[str, Any] = {
     "optimizer": "adamw",
     "epochs": 15,
