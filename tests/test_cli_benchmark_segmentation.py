@@ -139,7 +139,7 @@ def test_report_of_nothing_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_real_cells_killed_and_resumed(nnunet_env, test_data, tmp_path):
-    """Hippocampus: a matrix of stock trainings is killed twice; what comes out is what an undisturbed one says."""
+    """Hippocampus: a matrix of stock trainings is killed five times; what comes out is what an undisturbed one says."""
     nnunet_env.run("nnssl_convert", "msd", test_data / "Task04_Hippocampus", "-d", 4, "--limit", 15, "-np", 1)
     nnunet_env.run(
         *(
@@ -176,17 +176,24 @@ def test_real_cells_killed_and_resumed(nnunet_env, test_data, tmp_path):
         *("--evaluations", 1, "-device", "cpu"),
     ]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
     nnunet_env.run(*request, "-o", whole)
-    script = Path(sys.executable).parent / "nnssl_benchmark"
-    for wait in (random.Random(0).uniform(10, 20), 45.0):
+    took = time.monotonic() - started
+    script, moments = Path(sys.executable).parent / "nnssl_benchmark", random.Random(0)
+    for turn in range(1, 6):
         process = subprocess.Popen(
             [str(script), *map(str, request[1:]), "-o", str(killed)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(wait)
+        if turn < 5:  # within the first cell
+            time.sleep(moments.uniform(0.05, 0.4) * took)
+        else:  # within the second
+            while process.poll() is None and not any(killed.glob("cells/**/result.json")):
+                time.sleep(0.2)
+            time.sleep(moments.uniform(0, 0.1) * took)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     nnunet_env.run(*request, "-o", killed)
     one, other = (read_json(folder / "report.json") for folder in (whole, killed))
     for report in (one, other):
