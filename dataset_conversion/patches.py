@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 from jaxtyping import Bool
 
+from nnssl_ext.checkpoints.provenance import patch_name
 from nnssl_ext.data.foreground import foreground_mask, lung_mask
 from nnssl_ext.data.scans import voxels
 from nnssl_ext.dataset_conversion.cases import (
@@ -155,7 +156,7 @@ def plan_patches(
         if len(found) < settings.count:
             notes.append(f"case {case.identifier}: {len(found)} of {settings.count} crops")
         for number, patch in enumerate(found[:room]):
-            name = f"{case.identifier}_p{number:03d}"
+            name = patch_name(case.identifier, number)
             planned.append(_cropped(case, name, patch))
             entries[name] = {"source": case.identifier, "subject": subject, **_told(patch)}
             per_subject[subject] += 1

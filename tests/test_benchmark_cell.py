@@ -20,8 +20,10 @@ from nnssl_ext.benchmark.execution import write_job
 from nnssl_ext.benchmark.matrix import Benchmark, parse_arms
 from nnssl_ext.benchmark.preparation import check_arms, find_split, keep_checkpoints
 from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
+from nnssl_ext.checkpoints.safetensors_file import write_safetensors
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
+from nnssl_ext.networks.build import build_network
 from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
 
 PLANS = "nnsslPrimusTinyPlans"
@@ -171,7 +173,8 @@ def test_arms_are_fitted_before_any_work(benchmark, tmp_path):
     found = check_arms(benchmark)["MAE"]
     assert "SegmentationPrimus by MAETrainer" in found["about"] and found["pretrained_on"] is None
     run = benchmark.arms[1].checkpoint.parent
-    write_json(run / "settings.json", {"dataset": DATASET, "cases": [benchmark.split.test[1], "elsewhere"]})
+    cases = [benchmark.split.test[1], "elsewhere"]
+    write_json(run / "settings.json", {"dataset": "Dataset004_Hippocampus", "cases": cases})  # as the checkpoint says
     assert check_arms(benchmark)["MAE"]["pretrained_on"]["test_cases"] == [benchmark.split.test[1]]
     save_checkpoint(run / "checkpoint_final.pth", content_of(plans_of("ResEncTiny")))
     with pytest.raises(NnsslError):
@@ -201,9 +204,24 @@ def test_a_run_that_is_still_training_may_overwrite_its_checkpoint(benchmark, tr
         work_on(folder)
 
 
-def test_checkpoints_of_nnssl_take_part(benchmark, training, tmp_path):
-    from nnssl_ext.networks.build import build_network
+def test_exported_weights_take_part(benchmark, training, tmp_path):
+    content = load_checkpoint(benchmark.arms[1].checkpoint)
+    write_safetensors(tmp_path / "model.safetensors", content)
+    arms = tuple(parse_arms([f"MAE={tmp_path / 'model.safetensors'}"], PLANS))
+    kept = keep_checkpoints(replace(benchmark, arms=arms), tmp_path)
+    work_on(job_of(kept, "MAE", tmp_path))
+    name = next(key for key in content["network_weights"] if key.startswith("eva.blocks"))
+    assert training.seen["weights"][name].equal(content["network_weights"][name])
 
+
+def test_a_job_without_a_device_takes_what_its_machine_has(benchmark, training, tmp_path, monkeypatch):
+    monkeypatch.setattr("nnssl_ext.benchmark.cell.best_device", lambda: "mps")
+    cell = next(cell for cell in benchmark.cells() if cell.arm == "scratch")
+    work_on(write_job(benchmark, cell, tmp_path, None))
+    assert "-device mps" in read_json(cell.folder(tmp_path) / "result.json")["command"]
+
+
+def test_checkpoints_of_nnssl_take_part(benchmark, training, tmp_path):
     plans = plans_of("ResEncTiny")
     kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
     content = nnssl_checkpoint("ResidualEncoderUNet", build_network(plans, CONFIGURATION, 1, 1), [*CROP], kwargs)
@@ -216,6 +234,20 @@ def test_checkpoints_of_nnssl_take_part(benchmark, training, tmp_path):
     work_on(job_of(theirs, "OpenMind", tmp_path / "out"))
     arrived, given = training.seen["weights"], content["network_weights"]
     assert all(arrived[key].equal(given[key]) for key in given if key.startswith("encoder."))
+
+
+def test_what_nnssl_lists_is_compared_with_the_test_cases(benchmark, tmp_path):
+    plans = plans_of("ResEncTiny")
+    kwargs = plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    content = nnssl_checkpoint("ResidualEncoderUNet", build_network(plans, CONFIGURATION, 1, 1), [*CROP], kwargs)
+    seen = benchmark.split.test[0]
+    images = [{"image_path": f"/data/{name}_0000.nii.gz"} for name in (seen, "elsewhere")]
+    content["init_args"]["pretrain_json"] = {"datasets": {"d": {"subjects": {"s": {"images": images}}}}}
+    save_checkpoint(tmp_path / "openmind.pth", content)
+    arms = tuple(parse_arms([f"OpenMind={tmp_path / 'openmind.pth'}@nnsslResEncTinyPlans"], PLANS))
+    theirs = replace(benchmark, arms=arms, settings={"nnsslResEncTinyPlans": FinetuneSettings(evaluations=1)})
+    known = check_arms(theirs)["OpenMind"]["pretrained_on"]
+    assert known["test_cases"] == [seen] and known["cases"] == 2
 
 
 def test_dice_is_told_by_case_as_the_files_are_named():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoint_helpers import content_of, plans_of, resenc
 from fake_cells import CASES, dice_of, finish
 from scipy import stats
 from tiny_dataset import DATASET, write_dataset
@@ -24,6 +25,8 @@ from nnssl_ext.benchmark.preparation import find_split
 from nnssl_ext.benchmark.record import load, save
 from nnssl_ext.benchmark.report import slices_through, write_report
 from nnssl_ext.benchmark.summary import reach, summarise
+from nnssl_ext.checkpoints.io import save_checkpoint
+from nnssl_ext.checkpoints.provenance import patch_name
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
 from nnssl_ext.reports.statistics import compare
@@ -96,6 +99,22 @@ class TestFairness:
         slower = replace(benchmark, settings={PLANS: FinetuneSettings(iterations_per_epoch=10, lr_scratch=1e-5)})
         assert not {cell.digest for cell in slower.cells()} & {cell.digest for cell in benchmark.cells()}
 
+    def test_corrected_labels_change_the_cells_that_they_matter_to(self, benchmark, dataset):
+        truth = dataset / "gt_segmentations"
+        truth.mkdir(exist_ok=True)
+        for case in CASES:
+            (truth / f"{case}.nii.gz").write_bytes(b"drawn")
+        (one, *others) = sorted(benchmark.request(benchmark.arms[0], 4, 2, 0)["train"])
+        before = benchmark.cells()
+        (truth / f"{one}.nii.gz").write_bytes(b"corrected")
+        for old, new in zip(before, benchmark.cells(), strict=True):
+            learned = one in benchmark.request(benchmark.arm(old.arm), old.train_cases, old.epochs, old.seed)["train"]
+            assert (old.digest != new.digest) == learned
+        assert others and any(old.digest == new.digest for old, new in zip(before, benchmark.cells(), strict=True))
+        before = benchmark.cells()
+        (truth / f"{benchmark.split.test[0]}.nii.gz").write_bytes(b"corrected")
+        assert not {cell.digest for cell in before} & {cell.digest for cell in benchmark.cells()}
+
     def test_a_test_case_among_the_labelled_is_refused(self, dataset):
         write_json(dataset / "splits_final.json", [{"train": CASES[:6], "val": CASES[5:]}])
         with pytest.raises(NnsslError, match="1 test cases are among the training cases: case_05"):
@@ -135,11 +154,26 @@ class TestArms:
         ]
         assert parse_arms(["scratch"], "Ours") == [Arm("scratch", "Ours")]
 
+    def test_repositories_of_the_hub_and_exported_folders(self, tmp_path, monkeypatch):
+        weights = tmp_path / "exported" / "model.safetensors"
+        weights.parent.mkdir()
+        weights.touch()
+        asked = []
+        monkeypatch.setattr(
+            "nnssl_ext.checkpoints.hub.download", lambda *repository: asked.append(repository) or weights.parent
+        )
+        texts = ["A=hf:o/n", "B=hf:o/n@main", "C=hf:o/n@main@Other", f"D={weights.parent}", f"E={weights.parent}@Other"]
+        found = parse_arms(texts, "Ours")[2:]
+        assert [(arm.plans, arm.checkpoint) for arm in found] == [
+            (plans, weights) for plans in ("Ours", "Ours", "Other", "Ours", "Other")
+        ]
+        assert asked == [("o/n", None), ("o/n", "main"), ("o/n", "main")]
+
     @pytest.mark.parametrize(
         ("texts", "words"),
         [
             (["file.pth"], "write scratch, NAME=CHECKPOINT"),
-            (["A=missing.pth"], "no file missing.pth"),
+            (["A=missing.pth"], "no checkpoint at missing.pth"),
             (["A={}", "A={}"], "two arms are called 'A'"),
             (["scratch={}"], "two arms are called 'scratch'"),
             (["a/b={}"], "cannot be an arm's name"),
@@ -360,12 +394,18 @@ class TestSummary:
     def test_pretraining_that_saw_test_cases_is_named(self, benchmark, tmp_path):
         from nnssl_ext.benchmark.preparation import _pretrained_on
 
-        run = benchmark.arms[1].checkpoint.parent
-        assert _pretrained_on(run / "checkpoint_final.pth", benchmark.split) is None
+        checkpoint = benchmark.arms[1].checkpoint
+        content = content_of(plans_of(resenc(), [16, 16, 16]))
+        content["nnssl_ext"]["data"]["dataset"] = DATASET
+        save_checkpoint(checkpoint, content)
+        assert _pretrained_on(checkpoint, benchmark.split) is None
         seen = benchmark.split.test[0]
-        write_json(run / "settings.json", {"dataset": DATASET, "cases": [seen, benchmark.split.pool[0]]})
-        found = _pretrained_on(run / "checkpoint_final.pth", benchmark.split)
+        cases = [patch_name(seen, 3), benchmark.split.pool[0]]
+        write_json(checkpoint.parent / "settings.json", {"dataset": DATASET, "cases": cases})
+        found = _pretrained_on(checkpoint, benchmark.split)
         assert found == {"dataset": DATASET, "cases": 2, "test_cases": [seen]}
+        write_json(checkpoint.parent / "settings.json", {"dataset": "Dataset001_Other", "cases": cases})
+        assert _pretrained_on(checkpoint, benchmark.split) is None  # settings of some other run
         for known, words in (
             (found, f"1 of 2 test cases, by name, were in its pretraining on {DATASET}: {seen}"),
             (None, "unknown"),

@@ -21,10 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnssl_ext.benchmark.matrix import FAILURE, RESULT
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, sha256_of, write_json
 from nnssl_ext.programs import program
+from nnssl_ext.reports.machine import best_device, machine, versions
 from nnssl_ext.trainers.finetuning.settings import FinetuneSettings
 
 JOB, LOG, PREDICTIONS = "job.json", "train.log", "predictions"
@@ -61,10 +64,11 @@ def _trained(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     _lay_out(job, work)
     plans = request["plans"]["plans_name"]
+    device = job["device"] or best_device()
     weights = _weights(job, work)
     command = [
         *("nnUNetv2_train", request["dataset"], request["configuration"], "0", "-p", plans, "-tr", TRAINER),
-        *("-device", job["device"], "--disable_checkpointing"),
+        *("-device", device, "--disable_checkpointing"),
         *(("-pretrained_weights", str(weights)) if weights else ()),
     ]
     _run(
@@ -87,7 +91,7 @@ def _trained(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         **found,
         "command": shlex.join(command),
         "seconds": time.monotonic() - started,
-        **_place(job["device"]),
+        **_place(device),
         "request": request,
     }
 
@@ -112,8 +116,6 @@ def _weights(job: dict[str, Any], work: Path) -> Path | None:
         return None
     if sha256_of(Path(job["checkpoint"])) != job["request"]["checkpoint"]:
         raise NnsslError(f"{job['checkpoint']} has changed", "start nnssl_benchmark segmentation again")
-    import torch
-
     from nnssl_ext.checkpoints.adapt import adapt, read_pretrained
     from nnssl_ext.checkpoints.io import save_checkpoint
 
@@ -201,10 +203,6 @@ def settings_of(request: dict[str, Any]) -> FinetuneSettings:
 
 
 def _place(device: str) -> dict[str, Any]:
-    import torch
-
-    from nnssl_ext.reports.machine import machine, versions
-
     return {"machine": machine(torch.device(device)), "versions": versions()}
 
 

@@ -115,11 +115,12 @@ class Workers:
 
 
 def submit(
-    benchmark: Benchmark, cells: Sequence[Cell], output: Path, device: str, parameters: dict[str, Any], say: Say
+    benchmark: Benchmark, cells: Sequence[Cell], output: Path, device: str | None, parameters: dict[str, Any], say: Say
 ) -> dict[Cell, str]:
     """Run open cells as jobs of a SLURM array, and wait for them.
 
     Args:
+        device: None: each job takes cuda where it runs, if there is one, else cpu.
         parameters: of ``submitit.AutoExecutor.update_parameters``, e.g. ``slurm_partition``, ``gpus_per_node``, ``timeout_min``;
             ``cluster`` (``local``: processes on this machine) is the executor's.
 
@@ -151,7 +152,7 @@ def submit(
     return failures
 
 
-def write_job(benchmark: Benchmark, cell: Cell, output: Path, device: str) -> Path:
+def write_job(benchmark: Benchmark, cell: Cell, output: Path, device: str | None) -> Path:
     """Write what a cell's process needs; returns the cell's folder."""
     folder = cell.folder(output)
     write_json(folder / JOB, benchmark.job(cell, device))

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.checkpoints.source import checkpoint_file, on_hub
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, sha256_of
 from nnssl_ext.plans import configuration_of
@@ -157,20 +158,33 @@ class Benchmark:
         settings = replace(self.settings[arm.plans], epochs=epochs, train_cases=None, subset_seed=seed, seed=seed)
         plans = read_json(self.preprocessed / f"{arm.plans}.json")
         plans["configurations"] = {self.configuration: configuration_of(plans, self.configuration)}
+        train = sorted(training_subset(self.split.pool, train_cases, seed))
         asked = {
             "version": version("nnssl-ext"),
             "dataset": self.dataset,
             "configuration": self.configuration,
             "plans": {**plans, BLOCK: asdict(settings)},
             "checkpoint": sha256_of(arm.checkpoint) if arm.checkpoint else None,
-            "train": sorted(training_subset(self.split.pool, train_cases, seed)),
+            "train": train,
             "test": sorted(self.split.test),
+            "labels": self._labels((*train, *self.split.test)),
             "workers": self.workers,
         }
         return json.loads(json.dumps(asked))
 
-    def job(self, cell: Cell, device: str) -> dict[str, Any]:
-        """What `nnssl_ext.benchmark.cell` needs to work on a cell."""
+    def _labels(self, cases: Sequence[str]) -> str:
+        """SHA-256 of what labels there are and of the cases' segmentations: corrected ones are another truth."""
+        dataset = read_json(self.preprocessed / "dataset.json")
+        files = [self.preprocessed / "gt_segmentations" / f"{case}{dataset['file_ending']}" for case in sorted(cases)]
+        truth = [sha256_of(file) for file in files if file.is_file()]
+        return digest_of({"labels": dataset["labels"], "order": dataset.get("regions_class_order"), "truth": truth})
+
+    def job(self, cell: Cell, device: str | None) -> dict[str, Any]:
+        """What `nnssl_ext.benchmark.cell` needs to work on a cell.
+
+        Args:
+            device: None: cuda where the cell is worked on, if there is one, else cpu.
+        """
         arm = self.arm(cell.arm)
         return {
             "name": str(cell),
@@ -184,6 +198,7 @@ class Benchmark:
 
 def parse_arms(texts: Sequence[str], plans: str) -> list[Arm]:
     """Arms from ``scratch``, ``NAME=CHECKPOINT`` or ``NAME=CHECKPOINT@PLANS``; a scratch arm is added for all plans in use.
+    A checkpoint is whatever `checkpoint_file` takes; what follows a repository of the hub is its revision first.
 
     Args:
         plans: of arms that name none.
@@ -198,14 +213,13 @@ def parse_arms(texts: Sequence[str], plans: str) -> list[Arm]:
         name, equals, rest = text.partition("=")
         if not equals:
             raise NnsslError(f"-m {text}", "write scratch, NAME=CHECKPOINT or NAME=CHECKPOINT@PLANS")
-        file, _, own = rest.rpartition("@") if "@" in rest and not Path(rest).is_file() else (rest, "", "")
-        if not Path(file).is_file():
-            raise NnsslError(f"-m {text}: no file {file}", "check the path of the checkpoint")
+        whole = "@" not in rest or Path(rest).exists() or on_hub(rest)
+        source, _, own = (rest, "", "") if whole else rest.rpartition("@")
         if name in {SCRATCH, *(arm.name for arm in found)}:
             raise NnsslError(f"two arms are called '{name}'", "give every checkpoint a name of its own")
         if not name or name.startswith((".", SCRATCH)) or set(name) & set('/\\:*?"<>|@'):
             raise NnsslError(f"'{name}' cannot be an arm's name", "use letters, digits, '-', '_' and '+'")
-        found.append(Arm(name, own or plans, Path(file)))
+        found.append(Arm(name, own or plans, checkpoint_file(source)))
     used = dict.fromkeys([*([plans] if SCRATCH in texts or not found else []), *(arm.plans for arm in found)])
     return [*(Arm(SCRATCH if name == plans else f"{SCRATCH}@{name}", name) for name in used), *found]
 

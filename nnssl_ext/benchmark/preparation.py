@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.benchmark.matrix import Arm, Benchmark, Split
-from nnssl_ext.checkpoints.provenance import runs_behind
+from nnssl_ext.checkpoints.io import load_checkpoint
+from nnssl_ext.checkpoints.provenance import training_cases
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json, sha256_of
@@ -115,12 +116,13 @@ def keep_checkpoints(benchmark: Benchmark, output: Path) -> Benchmark:
     def kept(arm: Arm) -> Arm:
         if arm.checkpoint is None:
             return arm
-        target = folder / f"{arm.name}-{sha256_of(arm.checkpoint)[:16]}.pth"
+        kind = arm.checkpoint.suffix  # says how it is read
+        target = folder / f"{arm.name}-{sha256_of(arm.checkpoint)[:16]}{kind}"
         if target.exists():
             return replace(arm, checkpoint=target)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            copy = Path(shutil.copyfile(arm.checkpoint, Path(scratch) / "copy.pth"))
-            target = folder / f"{arm.name}-{sha256_of(copy)[:16]}.pth"  # it may have changed since
+            copy = Path(shutil.copyfile(arm.checkpoint, Path(scratch) / f"copy{kind}"))
+            target = folder / f"{arm.name}-{sha256_of(copy)[:16]}{kind}"  # it may have changed since
             copy.replace(target)
         return replace(arm, checkpoint=target)
 
@@ -142,13 +144,12 @@ def visible_gpus() -> list[str]:
 def _pretrained_on(checkpoint: Path, split: Split) -> dict[str, Any] | None:
     """Dataset, number of cases and the test cases among them, of the run and those it started from; None if a part of that is
     unknown and no test case is found in the rest."""
-    runs, unknown = runs_behind(checkpoint)
-    cases = set().union(*(known for _, known in runs))
-    seen = sorted(cases & {*split.test})
-    if unknown and not seen:
+    known = training_cases(checkpoint, load_checkpoint(checkpoint))
+    seen = sorted(known.seen & {*split.test})
+    if known.unrecorded and not seen:
         return None
     return {
-        "dataset": ", ".join(dict.fromkeys(dataset for dataset, _ in runs)),
-        "cases": len(cases),
+        "dataset": ", ".join(dict.fromkeys(run.dataset for run in known.runs)),
+        "cases": len(frozenset().union(*(run.cases for run in known.runs))),
         "test_cases": seen,
     }

@@ -13,6 +13,32 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 
 SETTINGS = "settings.json"
+_PATCH = re.compile(r"_p\d{3,}$")
+
+
+def patch_name(case: str, number: int) -> str:
+    """What the n-th crop of a case is called as a case of its own; who learns from it has seen the case."""
+    return f"{case}_p{number:03d}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Attributes:
+        dataset: its name.
+        cases: as they are called there.
+        labelled: whether it saw their labels too.
+    """
+
+    dataset: str
+    cases: frozenset[str]
+    labelled: bool = False
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """Its cases, and those that they are crops of."""
+        return self.cases | {_PATCH.sub("", case) for case in self.cases}
 
 
 @dataclass(frozen=True)
@@ -20,12 +46,22 @@ class TrainingCases:
     """What is known of a checkpoint's training data.
 
     Attributes:
-        names: the cases that are recorded.
+        runs: those that are recorded, the latest first.
         unrecorded: one sentence for each part of the training whose cases are not.
     """
 
-    names: frozenset[str]
+    runs: tuple[Run, ...]
     unrecorded: tuple[str, ...] = ()
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """All recorded cases, and those that they are crops of."""
+        return frozenset().union(*(run.seen for run in self.runs))
+
+    @property
+    def seen_with_labels(self) -> frozenset[str]:
+        """Those of which a run saw the labels."""
+        return frozenset().union(*(run.seen for run in self.runs if run.labelled))
 
 
 def training_cases(path: Path, content: Mapping[str, Any]) -> TrainingCases:
@@ -39,19 +75,21 @@ def training_cases(path: Path, content: Mapping[str, Any]) -> TrainingCases:
     if kind == "nnssl":
         listing = (content.get("init_args") or {}).get("pretrain_json")
         names = frozenset(_image_names(listing))
-        return TrainingCases(names, () if names else (f"{path.name} does not list the images it learned from",))
+        if not names:
+            return TrainingCases((), (f"{path.name} does not list the images it learned from",))
+        return TrainingCases((Run("the images that the checkpoint lists", names),))
     if kind == "nnunet":
-        return TrainingCases(frozenset(), (f"{path.name} does not say which cases nnU-Net trained it on",))
+        return TrainingCases((), (f"{path.name} does not say which cases nnU-Net trained it on",))
     data = content["nnssl_ext"]["data"]
     runs, missing = runs_behind(path, str(data.get("dataset", "")))
     unrecorded = [f"no {SETTINGS} beside {each} says which cases it learned from" for each in missing]
     if path in missing:
         unrecorded[0] += f" ({data.get('cases', '?')} cases of {data.get('dataset', 'an unnamed dataset')})"
-    return TrainingCases(frozenset().union(*(cases for _, cases in runs)), tuple(unrecorded))
+    return TrainingCases(tuple(runs), tuple(unrecorded))
 
 
-def runs_behind(path: Path, dataset: str = "") -> tuple[list[tuple[str, set[str]]], list[Path]]:
-    """Data set and cases of a checkpoint's run and of the runs that it started from, the latest first.
+def runs_behind(path: Path, dataset: str = "") -> tuple[list[Run], list[Path]]:
+    """A checkpoint's run and those that it started from, the latest first.
 
     Args:
         dataset: which the settings beside `path` must be about, if given.
@@ -59,15 +97,18 @@ def runs_behind(path: Path, dataset: str = "") -> tuple[list[tuple[str, set[str]
     Returns:
         The runs, and the checkpoints without settings beside them.
     """
-    runs: list[tuple[str, set[str]]] = []
+    runs: list[Run] = []
     visited: set[Path] = set()
     following: Path | None = path
-    while following is not None and following not in visited:
-        visited.add(following)
-        settings = _settings(following)
+    while following is not None:
+        # A relative path of an earlier run was relative to wherever that run was started.
+        lost = following in visited or (runs and not following.is_absolute())
+        settings = None if lost else _settings(following)
         if settings is None or (not runs and dataset not in ("", settings["dataset"])):
             return runs, [following]
-        runs.append((settings["dataset"], set(settings["cases"])))
+        visited.add(following)
+        labelled = bool((settings.get("settings") or {}).get("labels"))
+        runs.append(Run(settings["dataset"], frozenset(settings["cases"]), labelled))
         earlier = (settings.get("run") or {}).get("pretrained_weights")
         following = Path(earlier) if earlier else None
     return runs, []

@@ -21,7 +21,7 @@ WEIGHTS = (SAFETENSORS, CHECKPOINT)
 """Files that a folder may hold its weights in, the one to take first; OpenMind's repositories have the second alone."""
 SUMS = "SHA256SUMS"
 
-_LEVEL = r"(?:encoder|decoder)\d+(?:\+|$)"  # what nnssl_register takes after a network is no revision
+_LEVEL = r"(?:(?:encoder|decoder)\d+|labels)(?:\+|$)"  # what nnssl_register takes after a network is no revision
 _HUB = re.compile(rf"\bhf:/{{0,2}}(?P<repository>[\w.-]+/[\w.-]+)(?:@(?!{_LEVEL})(?P<revision>[\w./-]+))?")
 
 
@@ -31,11 +31,10 @@ def checkpoint_file(source: str | os.PathLike[str]) -> Path:
     Raises:
         NnsslError: nothing there, no weights in it, a file that differs from its hash, or a hub that cannot be reached.
     """
-    on_hub = _HUB.fullmatch(_text(source))
-    if on_hub:
+    if found := _HUB.fullmatch(_text(source)):
         from nnssl_ext.checkpoints.hub import download
 
-        path = download(on_hub["repository"], on_hub["revision"])
+        path = download(found["repository"], found["revision"])
     else:
         path = Path(source)
     if path.is_dir():
@@ -49,10 +48,19 @@ def checkpoint_file(source: str | os.PathLike[str]) -> Path:
     return path
 
 
+def on_hub(source: str | os.PathLike[str]) -> bool:
+    """Whether `source` names a repository of the Hugging Face hub."""
+    return _HUB.fullmatch(_text(source)) is not None
+
+
+def recorded(source: str | os.PathLike[str]) -> str:
+    """`source` as a record keeps it: a file of this computer by its full path, whatever folder a command was started in."""
+    return _text(source) if on_hub(source) else str(Path(source).resolve())
+
+
 def name_of(source: str | os.PathLike[str]) -> str:
     """What to call `source` in messages and in checkpoints made from it: no folders, which may say who works where."""
-    text = _text(source)
-    return text if _HUB.fullmatch(text) else Path(source).name
+    return _text(source) if on_hub(source) else Path(source).name
 
 
 def with_local_files(text: str) -> str:
@@ -61,7 +69,7 @@ def with_local_files(text: str) -> str:
     Raises:
         NnsslError: as `checkpoint_file`.
     """
-    return _HUB.sub(lambda on_hub: str(checkpoint_file(on_hub[0])), text)
+    return _HUB.sub(lambda found: str(checkpoint_file(found[0])), text)
 
 
 def check_sums(path: Path) -> None:

@@ -44,8 +44,8 @@ def add_parsers(commands: Any) -> None:
         nargs="+",
         required=True,
         metavar="ARM",
-        help="NAME=CHECKPOINT (of nnssl-ext, nnssl, OpenMind), NAME=CHECKPOINT@PLANS for plans of its own, or scratch, which is "
-        "added anyway for all plans in use",
+        help="NAME=CHECKPOINT (of nnssl-ext, nnssl, OpenMind; a file, an exported folder or hf:OWNER/NAME@REVISION), "
+        "NAME=CHECKPOINT@PLANS for plans of its own, or scratch, which is added anyway for all plans in use",
     )
     p.add_argument("-o", type=Path, metavar="OUT", required=True, help="folder for cells, report.json and report.html")
     p.add_argument(
@@ -75,7 +75,11 @@ def add_parsers(commands: Any) -> None:
         help="processes that augment, per cell (default: 0: the batches are the same for all arms and each time)",
     )
     p.add_argument("--dry-run", action="store_true", help="list the cells, tell how long they take, and stop")
-    p.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda where there is one, else cpu")
+    p.add_argument(
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        help="default: cuda where there is one, else cpu; with --slurm, as each job finds it",
+    )
     r = commands.add_parser(
         "report",
         help="the page and JSON of a segmentation benchmark, finished or not",
@@ -113,7 +117,7 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
     if args.dry_run:
         return _estimate(benchmark, cells, args, device, gpus, say)
     if args.slurm:
-        failures = submit(benchmark, cells, args.o, device, parameters, say)
+        failures = submit(benchmark, cells, args.o, args.device, parameters, say)
     else:
         workers = Workers(benchmark, args.o, device, gpus)
         try:

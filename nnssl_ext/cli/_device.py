@@ -9,6 +9,6 @@ Device = Literal["cuda", "cpu", "mps"]
 
 def device_name(asked: Device | None) -> Device:
     """The device that ``-device`` asks for; without it cuda where there is one, else cpu."""
-    import torch
+    from nnssl_ext.reports.machine import best_device
 
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    return asked or best_device()

@@ -123,6 +123,7 @@ def _default_settings(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _job(args: argparse.Namespace, rest: list[str]) -> Job:
+    from nnssl_ext.checkpoints.source import recorded
     from nnssl_ext.data.cases import list_cases
     from nnssl_ext.engine.job import Job, data_folder, plan_of, run_folder
     from nnssl_ext.engine.settings import RunSettings
@@ -150,7 +151,7 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
             probe_epochs=args.probe_epochs,
             registration_pairs=args.registration_pairs,
             registration_cases=tuple(_case_names(args.registration_cases) if args.registration_cases else ()),
-            pretrained_weights=str(args.pretrained_weights) if args.pretrained_weights else None,
+            pretrained_weights=recorded(args.pretrained_weights) if args.pretrained_weights else None,
             tracker=args.tracker,
         ),
         dataset=dataset,

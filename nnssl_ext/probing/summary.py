@@ -106,11 +106,12 @@ def leaks_of(source: Source, data: ProbeData) -> list[str]:
     """Scored cases that the pretraining saw, by name; and what is not recorded of it. Empty where all is known and none was."""
     known = source.learned_from
     tested = [case.identifier for case in data.test]
-    seen = sorted(set(tested) & known.names)
+    seen = sorted(set(tested) & known.seen)
     told = []
     if seen:
+        labels = "with their labels" if known.seen_with_labels & {*seen} else "without labels"
         told.append(
-            f"{len(seen)} of {len(tested)} scored cases, by name, were in the pretraining (without labels): {', '.join(seen)}"
+            f"{len(seen)} of {len(tested)} scored cases, by name, were in the pretraining ({labels}): {', '.join(seen)}"
         )
     told += [f"{each}: scored cases may have been among them" for each in known.unrecorded]
     return told

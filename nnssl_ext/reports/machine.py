@@ -6,11 +6,16 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 PACKAGES = ("nnssl-ext", "nnunetv2", "torch", "dynamic-network-architectures", "numpy", "SimpleITK")
+
+
+def best_device() -> Literal["cuda", "cpu"]:
+    """Where to compute if nobody says."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

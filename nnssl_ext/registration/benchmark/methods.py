@@ -11,17 +11,31 @@ from typing import Any
 
 import torch
 
-from nnssl_ext.checkpoints.provenance import runs_behind
+from nnssl_ext.checkpoints.provenance import Run, runs_behind
 from nnssl_ext.checkpoints.source import with_local_files
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import sha256_of
 from nnssl_ext.plans import configuration_of
 from nnssl_ext.registration.benchmark import classical
 from nnssl_ext.registration.encoder import read_source
-from nnssl_ext.registration.features import RANDOM, FeatureSource, Intensity, load_features
+from nnssl_ext.registration.features import (
+    RANDOM,
+    FeatureSource,
+    Intensity,
+    digests_of,
+    files_of,
+    load_features,
+    parts_of,
+)
 from nnssl_ext.registration.images import Scan
-from nnssl_ext.registration.pipeline import DescribedPair, PairSettings, Registration, deform_pair, describe_pair
-from nnssl_ext.registration.solver import Field, SolverSettings, register_features
+from nnssl_ext.registration.pipeline import (
+    DescribedPair,
+    PairSettings,
+    Registration,
+    deform_pair,
+    describe_pair,
+    solve_pair,
+)
+from nnssl_ext.registration.solver import Field, SolverSettings
 
 STRENGTHS = (0.2, 0.6, 1.8, 5.4, 16.0)
 """λ tried on development pairs. With features of one scale (`SolverSettings.rescale`), 0.3 to 5 spans SDlogJ of about 0.5 to 0.1
@@ -62,13 +76,12 @@ class Method:
     @property
     def parts(self) -> list[str]:
         """The features that are fused."""
-        return [self.features] if Path(self.features).is_file() else [each.strip() for each in self.features.split("+")]
+        return parts_of(self.features)
 
     @property
     def files(self) -> list[Path]:
         """Checkpoints and plans that it reads."""
-        named = (Path(part.removeprefix(RANDOM).partition("@")[0]) for part in self.parts)
-        return [path for path in named if path.is_file()]
+        return files_of(self.features)
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -78,7 +91,7 @@ class Method:
 
     def digest(self) -> dict[str, Any]:
         """What its figures depend on beside settings: names, and the content of files."""
-        return {"features": self.features, "files": {str(path): sha256_of(path) for path in self.files}}
+        return {"features": self.features, "files": digests_of(self.features)}
 
 
 def parse_methods(texts: Sequence[str]) -> list[Method]:
@@ -167,15 +180,15 @@ def untrained_identity(path: Path) -> str:
     return hashlib.sha256(json.dumps([depends, source.classes], sort_keys=True).encode()).hexdigest()
 
 
-def pretrained_on(method: Method) -> list[tuple[str, set[str]]]:
-    """Data set and cases that the method's checkpoints were trained on, from the settings files of their runs, where they are."""
+def pretrained_on(method: Method) -> list[Run]:
+    """What the method's checkpoints were trained on, from the settings files of their runs, where they are."""
     return [run for path in method.checkpoints for run in runs_behind(path)[0]]
 
 
 def _deform(pair: DescribedPair, solver: SolverSettings, strength: float | None) -> Field:
     if strength is not None:
         solver = replace(solver, regularisation=strength, sdlogj=None)
-    return register_features(*pair.features, pair.grid.spacing, solver, *pair.counted)
+    return solve_pair(pair, solver)
 
 
 def _control_key(part: str, identities: dict[Path, str]) -> str:

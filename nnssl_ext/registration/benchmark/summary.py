@@ -68,10 +68,10 @@ def leaks(plan: Benchmark) -> list[str]:
     tested = cases_of(plan.split.test)
     found = []
     for method in plan.methods:
-        for dataset, cases in pretrained_on(method):
-            if seen := sorted(tested & cases):
+        for run in pretrained_on(method):
+            if seen := sorted(tested & run.seen):
                 found.append(
-                    f"{method.name}: {len(seen)} of {len(tested)} test cases, by name, were in its training on {dataset}: "
+                    f"{method.name}: {len(seen)} of {len(tested)} test cases, by name, were in its training on {run.dataset}: "
                     f"{', '.join(seen)}"
                 )
     return found
