@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn import functional
 
 from nnssl_ext.checkpoints.io import save_checkpoint
-from nnssl_ext.checkpoints.provenance import runs_behind, training_cases
+from nnssl_ext.checkpoints.provenance import patch_name, runs_behind, training_cases
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import write_json
 from nnssl_ext.networks.build import build_network
-from nnssl_ext.probing.arms import describer, fingerprint, frozen, neighbourhoods
+from nnssl_ext.probing.arms import Neighbourhoods, describer, fingerprint, frozen
 from nnssl_ext.probing.cases import Labels, ProbeData, split_cases
 from nnssl_ext.probing.run import measure
 from nnssl_ext.probing.scores import score
@@ -141,12 +141,11 @@ class TestFrozen:
 
 def test_intensities_are_those_around_the_voxel():
     volume = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
-    (level,) = neighbourhoods(volume)
-    assert level.values.shape == (54, 5, 6, 7)
-    around = volume[:, 1:4, 2:5, 3:6].flatten(1)
-    found = level.values[:, 2, 3, 4].view(27, 2).T
-    assert torch.equal(found.sort(dim=1).values, around.sort(dim=1).values)
-    assert torch.equal(level.values[26:28, 2, 3, 4], volume[:, 2, 3, 4])
+    inside, corner = Neighbourhoods.of(volume).at(torch.tensor([[2, 3, 4], [0, 5, 0]]))
+    assert len(inside) == 54
+    assert torch.equal(inside.view(3, 3, 3, 2).movedim(-1, 0), volume[:, 1:4, 2:5, 3:6])
+    repeated = volume[:, [0, 0, 1]][:, :, [4, 5, 5]][:, :, :, [0, 0, 1]]
+    assert torch.equal(corner.view(3, 3, 3, 2).movedim(-1, 0), repeated)
 
 
 class TestSplit:
@@ -224,12 +223,33 @@ class TestWhatPretrainingSaw:
     def test_so_are_those_of_the_runs_before(self, tmp_path):
         first = self.checkpoint(tmp_path / "first", ["c11"])
         second = self.checkpoint(tmp_path / "second", ["c01"], pretrained_weights=str(first))
-        assert [cases for _, cases in runs_behind(second)[0]] == [{"c01"}, {"c11"}]
+        assert [run.cases for run in runs_behind(second)[0]] == [{"c01"}, {"c11"}]
         (leak,) = leaks_of(read_source(second), self.data())
         assert leak.endswith(": c11")
         (first.parent / "settings.json").unlink()
         (leak,) = leaks_of(read_source(second), self.data())
         assert str(first) in leak and "may have been" in leak
+
+    def test_crops_are_of_the_cases_they_were_cut_from(self, tmp_path):
+        run = self.checkpoint(tmp_path / "run", [patch_name("c12", 0), patch_name("c12", 1000), "c17_p1"])
+        (leak,) = leaks_of(read_source(run), self.data())
+        assert leak.startswith("1 of 10 scored cases") and leak.endswith("(without labels): c12")
+
+    def test_whether_labels_were_seen_too(self, tmp_path):
+        run = self.checkpoint(tmp_path / "run", ["c12"])
+        settings = {"dataset": "Dataset004_Hippocampus", "cases": ["c12"], "settings": {"labels": [1, 2]}}
+        write_json(run.parent / "settings.json", settings)
+        (leak,) = leaks_of(read_source(run), self.data())
+        assert leak.endswith("(with their labels): c12")
+        later = self.checkpoint(tmp_path / "later", ["c17"], pretrained_weights=str(run))
+        (leak,) = leaks_of(read_source(later), self.data())
+        assert leak.endswith("(with their labels): c12, c17")
+
+    def test_a_run_before_that_is_named_by_a_relative_path_is_not_looked_for_here(self, tmp_path, monkeypatch):
+        later = self.checkpoint(tmp_path / "later", ["c01"], pretrained_weights="c.pth")
+        monkeypatch.chdir(later.parent)  # where another c.pth lies
+        (leak,) = leaks_of(read_source(Path("c.pth")), self.data())
+        assert "beside c.pth" in leak and "may have been" in leak
 
     def test_what_is_not_recorded_is_said(self, tmp_path):
         (leak,) = leaks_of(read_source(self.checkpoint(tmp_path / "alone", None)), self.data())
@@ -251,6 +271,6 @@ class TestWhatPretrainingSaw:
         content["init_args"]["pretrain_json"] = {"datasets": {"d": {"subjects": {"s": subject}}}}
         save_checkpoint(tmp_path / "n.pth", content)
         source = read_source(tmp_path / "n.pth")
-        assert isinstance(source, Source) and source.learned_from.names == {"c12", "c05", "z.1"}
+        assert isinstance(source, Source) and source.learned_from.seen == {"c12", "c05", "z.1"}
         (leak,) = leaks_of(source, self.data())
         assert leak.endswith(": c12") and "SECRET" not in json.dumps(leak)

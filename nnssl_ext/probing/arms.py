@@ -7,18 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
-from typing import cast
+from typing import Literal, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from nnssl_ext.probing.settings import ProbeSettings
 from nnssl_ext.probing.table import Describe
 from nnssl_ext.registration.encoder import Encoder, Source, trained_encoder, untrained_encoder
-from nnssl_ext.registration.extraction import FeatureMap, extract_pyramid
+from nnssl_ext.registration.extraction import extract_pyramid
 
 PRETRAINED, RANDOM, INTENSITY = "pretrained", "random weights", "intensity"
 
@@ -56,19 +55,33 @@ def describer(encoder: Encoder | None, settings: ProbeSettings) -> Describe:
         NnsslError: the decoder is asked for, but was not trained.
     """
     if encoder is None:
-        return neighbourhoods
+        return lambda volume: (Neighbourhoods.of(volume),)
     decoder = settings.pyramid == "decoder"
     if decoder:
         encoder.require_decoder()
     return lambda volume: extract_pyramid(encoder.backbone, volume, encoder.patch_size, decoder)
 
 
-def neighbourhoods(volume: Float[Tensor, "C Z Y X"]) -> tuple[FeatureMap, ...]:
-    """The intensities of every voxel and its 26 neighbours, the border repeated; channels ``27 C``."""
-    z, y, x = volume.shape[1:]
-    padded = functional.pad(volume[None], (1,) * 6, mode="replicate")[0]
-    shifted = [padded[:, a : a + z, b : b + y, c : c + x] for a, b, c in product(range(3), repeat=3)]
-    return (FeatureMap.over((z, y, x), torch.cat(shifted)),)
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """The intensities of every voxel and its 26 neighbours, gathered when they are asked for.
+
+    Attributes:
+        windows: ``(C, Z, Y, X, 3, 3, 3)``, a view of the volume with its border repeated, so that it takes no more than that.
+    """
+
+    windows: Float[Tensor, "C Z Y X 3 3 3"]
+
+    @classmethod
+    def of(cls, volume: Float[Tensor, "C Z Y X"]) -> Neighbourhoods:
+        """Those of one volume."""
+        padded = functional.pad(volume[None], (1,) * 6, mode="replicate")[0]
+        return cls(padded.unfold(1, 3, 1).unfold(2, 3, 1).unfold(3, 3, 1))
+
+    def at(self, points: Int[Tensor, "N 3"], mode: Literal["linear", "nearest"] = "linear") -> Float[Tensor, "N _D"]:
+        """The ``27 C`` intensities around some voxels z, y, x; these are whole, so both modes are the same."""
+        z, y, x = points.T
+        return self.windows[:, z, y, x].flatten(2).permute(1, 2, 0).flatten(1)
 
 
 @contextmanager

@@ -2,15 +2,14 @@
 convolution per level, added up from coarse to fine; the non-linear head has a residual block after every addition.
 
 All layers act voxel by voxel, so heads learn from single voxels, and what stands before the interpolation to voxels runs at each
-level's own resolution. Deviations from the released code: levels are interpolated straight to the voxel, linearly by default;
-the linear head is a logistic regression at its optimum; the non-linear one has one width for all levels.
+level's own resolution where it is coarse. Deviations from the released code: levels are interpolated straight to the voxel,
+linearly by default; the linear head is a logistic regression at its optimum; the non-linear one has one width for all levels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from nnssl_ext.monitors.probe import fit_linear
 from nnssl_ext.probing.settings import ProbeSettings
-from nnssl_ext.registration.extraction import FeatureMap
+from nnssl_ext.probing.table import Level, Pyramid, transformed
 
 Rows = Sequence[Float[Tensor, "N _C"]]
 """One row per voxel and level, finest first."""
@@ -89,12 +88,9 @@ class NonlinearHead(nn.Module):
 Head = LinearHead | NonlinearHead
 
 
-def project(head: Head, pyramid: Sequence[FeatureMap]) -> list[FeatureMap]:
-    """What the head's first layers make of every level, at its own resolution."""
-    return [
-        replace(level, values=lateral(level.values.movedim(0, -1)).movedim(-1, 0).contiguous())
-        for lateral, level in zip(head.laterals, pyramid, strict=True)
-    ]
+def project(head: Head, pyramid: Pyramid) -> list[Level]:
+    """What the head's first layers make of every level: coarse maps at their own resolution, others when they are asked."""
+    return [transformed(level, lateral) for lateral, level in zip(head.laterals, pyramid, strict=True)]
 
 
 def teach_linear(rows: Rows, labels: Int[Tensor, " N"], importance: Float[Tensor, " K"]) -> LinearHead:

@@ -28,7 +28,7 @@ QUERIES, QUERY_CHUNK = 131072, 4096
 taught voxel."""
 
 Answer = Callable[[Pyramid, Size], Int[Tensor, "Z Y X"]]
-"""From the standardised features of a volume of so many voxels to its labels."""
+"""From the standardised features of a volume of so many voxels to its labels, int16."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def measure(
         assert region.labels is not None
         pyramid = table.standardise(describe(torch.from_numpy(region.voxels).to(device)))
         for name, answer in answers.items():
-            labels = answer(pyramid, case.shape).to(torch.int16).cpu().numpy()
+            labels = answer(pyramid, case.shape).cpu().numpy()
             found[name][case.identifier] = score(region.labels, labels, data.labels, case.spacing)
             if case is data.test[0]:
                 pictured[name] = labels
@@ -127,10 +127,18 @@ def query_stride(size: Sequence[int]) -> int:
 def _everywhere(
     classify: Callable[[Tensor], Tensor], size: Size, chunk: int, stride: int, device: torch.device
 ) -> Int[Tensor, "Z Y X"]:
-    """The classes of the middle voxels of cells of so many voxels along each axis, spread over the cells."""
+    """The classes of the middle voxels of cells of so many voxels along each axis, spread over the cells; int16.
+
+    Args:
+        classify: from ``(N, 3)`` voxels to their classes.
+        chunk: voxels at a time.
+    """
     axes = [(torch.arange(0, n, stride, device=device) + stride // 2).clamp(max=n - 1) for n in size]
-    points = torch.cartesian_prod(*axes)
-    found = torch.cat([classify(part) for part in points.split(chunk)]).view([len(axis) for axis in axes])
+    found = torch.empty([len(axis) for axis in axes], dtype=torch.int16, device=device)
+    for part in found.view(-1).split(chunk):
+        number = torch.arange(len(part), device=device) + part.storage_offset()
+        places = torch.unravel_index(number, found.shape)
+        part.copy_(classify(torch.stack([axis[place] for axis, place in zip(axes, places, strict=True)], dim=1)))
     for axis, length in enumerate(size):
         found = found.repeat_interleave(stride, dim=axis).narrow(axis, 0, length)
     return found

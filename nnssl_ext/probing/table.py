@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,9 +19,46 @@ from nnssl_ext.probing.settings import ProbeSettings
 from nnssl_ext.records import Region
 from nnssl_ext.registration.extraction import FeatureMap
 
-Pyramid = Sequence[FeatureMap]
+COARSE = 64
+"""Voxels per cell from which on a map is transformed as a whole: 64 channels of it take no more than the volume."""
+
+Transform = Callable[[Float[Tensor, "*N _C"]], Float[Tensor, "*N _D"]]
+"""An affine function of single feature vectors, so that it may stand before or after an interpolation."""
+
+
+@runtime_checkable
+class Level(Protocol):
+    """Features that are looked up at voxels: a `FeatureMap`, or what makes them when asked."""
+
+    def at(self, points: Int[Tensor, "N 3"], mode: Literal["linear", "nearest"] = "linear") -> Float[Tensor, "N C"]:
+        """The features at some voxels z, y, x of the volume."""
+        ...
+
+
+Pyramid = Sequence[Level]
 Describe = Callable[[Float[Tensor, "C Z Y X"]], Pyramid]
 """The features of one volume, finest level first."""
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """A level whose features are transformed voxel by voxel, when they are asked for."""
+
+    level: Level
+    transform: Transform
+
+    def at(self, points: Int[Tensor, "N 3"], mode: Literal["linear", "nearest"] = "linear") -> Float[Tensor, "N D"]:
+        """The transformed features at some voxels."""
+        return self.transform(self.level.at(points, mode))
+
+
+def transformed(level: Level, transform: Transform) -> Level:
+    """A level after an affine transform: where a map's cells hold `COARSE` voxels or more that is done here, once per cell,
+    otherwise once per voxel that is asked for, so that no second map as fine as the volume is held.
+    """
+    if isinstance(level, FeatureMap) and math.prod(level.stride) >= COARSE:
+        return replace(level, values=transform(level.values.movedim(0, -1)).movedim(-1, 0).contiguous())
+    return Transformed(level, transform)
 
 
 @dataclass(frozen=True)
@@ -49,10 +89,10 @@ class Table:
         drawn = self.labels.bincount(minlength=len(self.population))
         return torch.where(drawn > 0, self.population / drawn.clamp(min=1), 0.0)
 
-    def standardise(self, pyramid: Pyramid) -> list[FeatureMap]:
+    def standardise(self, pyramid: Pyramid) -> list[Level]:
         """A volume's features on the scale of the rows."""
         return [
-            replace(level, values=(level.values - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1))
+            transformed(level, partial(_scaled, mean=mean, std=std))
             for level, mean, std in zip(pyramid, self.mean, self.std, strict=True)
         ]
 
@@ -114,7 +154,7 @@ def build_table(
     levels = [torch.cat(parts) for parts in zip(*rows, strict=True)]
     mean, std = tuple(row.mean(dim=0) for row in levels), tuple(row.std(dim=0).clamp(min=1e-6) for row in levels)
     return Table(
-        rows=tuple((row - m) / s for row, m, s in zip(levels, mean, std, strict=True)),
+        rows=tuple(_scaled(row, m, s) for row, m, s in zip(levels, mean, std, strict=True)),
         labels=torch.from_numpy(np.concatenate(labels)).to(device),
         population=torch.from_numpy(population).to(device),
         mean=mean,
@@ -133,7 +173,11 @@ def draw_voxels(
     points = []
     for value in present:
         wanted = count // 2 if value == 0 else -(-count // (2 * len(foreground)))
-        places = np.argwhere(labels == value)
+        places = np.flatnonzero(labels == value)
         points.append(places[rng.permutation(len(places))[:wanted]])
-    chosen = np.concatenate(points) if points else np.zeros((0, 3), np.int64)
-    return chosen, labels[tuple(chosen.T)].astype(np.int64)
+    chosen = np.unravel_index(np.concatenate(points) if points else np.zeros(0, np.int64), labels.shape)
+    return np.stack(chosen, axis=1), labels[chosen].astype(np.int64)
+
+
+def _scaled(row: Float[Tensor, "*N C"], mean: Float[Tensor, " C"], std: Float[Tensor, " C"]) -> Float[Tensor, "*N C"]:
+    return (row - mean) / std
