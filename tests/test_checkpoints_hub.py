@@ -87,6 +87,8 @@ def test_what_was_pushed_loads_bit_identically(hub, tmp_path, ours):
     assert checkpoint_file(name).name == "model.safetensors"
     assert read_pretrained(f"hf:{REPOSITORY}").origin == f"hf:{REPOSITORY}"
     assert with_local_files(f"hf:{REPOSITORY}@encoder0+mind") == f"{checkpoint_file(name)}@encoder0+mind"
+    for text in ("@labels", "@labels+mind"):
+        assert with_local_files(f"hf:{REPOSITORY}{text}") == f"{checkpoint_file(name)}{text}"
     assert with_local_files(f"random:{name}@decoder1") == f"random:{checkpoint_file(name)}@decoder1"
 
 

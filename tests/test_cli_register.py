@@ -8,12 +8,14 @@ import sys
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from checkpoint_helpers import content_of, plans_of, primus
 from scans import write
 from scipy.ndimage import gaussian_filter
 
+from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.cli import register
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import read_json
+from nnssl_ext.files import read_json, sha256_of
 from nnssl_ext.registration.batch import read_pairs
 from nnssl_ext.registration.outputs import MEASURES
 
@@ -123,9 +125,42 @@ def test_a_batch_survives_bad_pairs_and_goes_on_where_it_stopped(tmp_path, monke
         ("fixed,moving\n", "lists no pairs"),
         ("name,fixed,moving\np,a,b\np,c,d", "no new folder name"),
         ("name,fixed,moving\n../p,a,b", "no new folder name"),
+        ("name,fixed,moving\n..,a,b", "line 2: '..' is no new folder name"),
+        ("name,fixed,moving\na\\b,a,b", "no new folder name"),
     ],
 )
 def test_bad_lists_are_named(tmp_path, content, words):
     (tmp_path / "pairs.csv").write_text(content)
     with pytest.raises(NnsslError, match=words):
         read_pairs(tmp_path / "pairs.csv")
+
+
+def test_transforms_of_a_list_lie_beside_it(tmp_path, monkeypatch):
+    scan(tmp_path / "lists" / "a.nii.gz"), scan(tmp_path / "lists" / "b.nii.gz", 1)
+    sitk.WriteTransform(sitk.TranslationTransform(3, (1.0, 0.0, 0.0)), str(tmp_path / "lists" / "shift.tfm"))
+    rows = ["name,fixed,moving,init", "given,a.nii.gz,b.nii.gz,shift.tfm", "found,a.nii.gz,b.nii.gz,centre"]
+    listing = tmp_path / "lists" / "pairs.csv"
+    listing.write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "--pairs", "lists/pairs.csv", "-c", "mind", "-o", "out", *QUICK) == 0
+    assert read_json(tmp_path / "out" / "given" / MEASURES)["start"] == "read from shift.tfm"
+    assert "centres" in read_json(tmp_path / "out" / "found" / MEASURES)["start"]
+
+
+def test_a_network_that_changed_is_asked_again(tmp_path, monkeypatch, capsys):
+    scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
+    (tmp_path / "pairs.csv").write_text("name,fixed,moving\np,a.nii.gz,b.nii.gz")
+    plans = plans_of(primus([16, 16, 16]), [16, 16, 16])
+    flags = ["--pairs", tmp_path / "pairs.csv", "-c", f"{tmp_path}/last.pth+mind", "-o", tmp_path / "out", *QUICK]
+    said = []
+    for seed in (0, None, 1):
+        if seed is not None:
+            save_checkpoint(tmp_path / "last.pth", content_of(plans, seed=seed))
+        assert call(monkeypatch, *flags) == 0
+        said.append("done before" in capsys.readouterr().out)
+    assert said == [False, True, False]
+    request = read_json(tmp_path / "out" / "p" / MEASURES)["request"]
+    assert request["files"] == {str(tmp_path / "last.pth"): sha256_of(tmp_path / "last.pth")}
+    monkeypatch.setattr(register, "version", lambda _: "another")
+    assert call(monkeypatch, *flags) == 0
+    assert "done before" not in capsys.readouterr().out

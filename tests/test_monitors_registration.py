@@ -8,6 +8,8 @@ from tiny_dataset import job_of, log_of, write_dataset
 
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.engine import loop
+from nnssl_ext.engine.method import build_method
+from nnssl_ext.engine.probing import OnlineProbe
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.monitors.registration import RegistrationProbe, _centred
 from nnssl_ext.records import Case, Region
@@ -71,3 +73,35 @@ def test_a_run_reports_registration_beside_random_weights(nnunet_env, tmp_path):
     assert first["registration_dice_random"] == last["registration_dice_random"]
     with pytest.raises(NnsslError, match="probe_epochs 0"):
         loop.pretrain(job_of(*flags, "--probe_epochs", "0", "--name", "silent"))
+
+
+def test_the_smoothness_that_is_compared_is_the_one_that_was_asked_for(tmp_path):
+    """Cases of unlike shapes: beyond the smaller one, where edges are repeated, nothing is measured."""
+    for name, shape in (("a", (1, 12, 14, 12)), ("b", (1, 24, 26, 24))):
+        image = gaussian_filter(np.random.default_rng(len(shape)).normal(size=shape), (0, 2, 2, 2)).astype(np.float32)
+        labels = (image > 0).astype(np.int8)
+        nnUNetDatasetBlosc2.save_case(image / image.std(), labels, {"spacing": [1.0, 1.0, 1.0]}, str(tmp_path / name))
+    probe = RegistrationProbe(list_cases(tmp_path, (1.0, 1.0, 1.0)), 1, "encoder0", (32, 32, 32))
+    assert probe.say(AtStrideOne(lambda x: x), CPU)["registration_sdlogj"] == pytest.approx(0.24, rel=0.05)
+
+
+class Remembers:
+    """Asks for the weights."""
+
+    def __init__(self):
+        self.seen = []
+
+    def say(self, backbone, device):
+        self.seen.append(backbone.network.state_dict())
+        return {}
+
+
+@pytest.mark.parametrize("flags", [(), ("--labels", "1")])
+def test_random_weights_are_those_that_the_run_began_with(nnunet_env, flags):
+    write_dataset(nnunet_env.preprocessed)
+    job = job_of(*flags, method="RegistrationTrainer")
+    question = Remembers()
+    OnlineProbe(job, CPU, [question]).figures(0, build_method(job))
+    fresh, begun = question.seen
+    assert fresh.keys() == begun.keys()
+    assert all(torch.equal(fresh[name], begun[name]) for name in begun)

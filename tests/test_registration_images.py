@@ -9,7 +9,7 @@ from scans import image, truncate, voxels, write
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.registration.affine import initial_transform
-from nnssl_ext.registration.images import common_grid, grid_of, load_scan, place, view_field
+from nnssl_ext.registration.images import common_grid, finest_cubes, grid_of, load_scan, place, view_field
 
 NONE = sitk.Transform(3, sitk.sitkIdentity)
 SHAPE = (10, 12, 14)
@@ -59,7 +59,7 @@ def test_world_vectors_point_where_the_header_says():
 
 def test_the_common_grid_of_equal_cubes_is_that_of_the_scans(tmp_path):
     scan = load_scan(write(tmp_path / "a.nii.gz", voxels(), spacing=(1.0, 1.0, 1.0)))
-    grid = common_grid(scan, scan, NONE, None, 16.0)
+    grid = common_grid(scan, scan, NONE, finest_cubes(scan), 16.0)
     assert grid.size == scan.grid.size and np.allclose(grid.origin, scan.grid.origin, atol=1e-4)
     assert np.allclose(place(scan.image, grid), scan.voxels, atol=1e-3)
     assert view_field(scan.image, grid).all()
@@ -67,7 +67,7 @@ def test_the_common_grid_of_equal_cubes_is_that_of_the_scans(tmp_path):
 
 def test_anisotropic_scans_are_compared_on_cubes_that_cover_them(scan_file):
     scan = load_scan(scan_file)  # 2.5 x 0.8 x 0.7 mm
-    grid = common_grid(scan, scan, NONE, None, 16.0)
+    grid = common_grid(scan, scan, NONE, finest_cubes(scan), 16.0)
     assert np.allclose(grid.spacing, 0.7)
     length = np.array(scan.grid.size) * scan.grid.spacing
     assert (np.array(grid.size) * grid.spacing >= length - 1e-3).all()
@@ -83,7 +83,7 @@ def test_the_common_grid_reaches_where_displacements_may_point(tmp_path):
     whole = voxels(shape=(8, 8, 40))
     fixed = load_scan(write(tmp_path / "f.nrrd", whole[:, :, 3:13], spacing=(1, 1, 1), origin=(3, 0, 0), angle=0.0))
     moving = load_scan(write(tmp_path / "m.nrrd", whole, spacing=(1, 1, 1), origin=(0, 0, 0), angle=0.0))
-    grid = common_grid(fixed, moving, NONE, None, 5.0)
+    grid = common_grid(fixed, moving, NONE, finest_cubes(fixed), 5.0)
     assert grid.size == (8, 8, 3 + 10 + 5)
     assert (view_field(fixed.image, grid).sum(), view_field(moving.image, grid).all()) == (8 * 8 * 10, True)
     orientation = sitk.DICOMOrient(sitk.GetImageFromArray(whole), "RAS")
@@ -95,10 +95,11 @@ def test_scans_that_do_not_meet_are_named_or_brought_together(tmp_path):
     fixed = load_scan(write(tmp_path / "fixed.nii.gz", voxels()))
     moving = load_scan(write(tmp_path / "moving.nii.gz", voxels(1), origin=(500.0, 20.0, 0.0)))
     with pytest.raises(NnsslError, match=r"moving\.nii\.gz.*fixed\.nii\.gz do not meet"):
-        common_grid(fixed, moving, NONE, None, 20.0)
+        common_grid(fixed, moving, NONE, finest_cubes(fixed), 20.0)
     start, note = initial_transform(fixed, moving)
     assert "share 0%" in note
-    assert view_field(moving.image, common_grid(fixed, moving, start, None, 0.0), start).mean() > 0.8
+    grid = common_grid(fixed, moving, start, finest_cubes(fixed), 0.0)
+    assert view_field(moving.image, grid, start).mean() > 0.8
 
 
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "2D", "4D", "NaN", "constant"])

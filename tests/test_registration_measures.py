@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 
 from nnssl_ext.registration.measures import dice, hd95, target_registration_error
+from nnssl_ext.registration.outputs import _overlap
 
 
 def cube(lower, upper, shape=(12, 12, 12), label=1):
@@ -60,3 +62,32 @@ def test_landmarks_are_moved_by_the_field_between_voxels():
     fixed, moving = np.array([[1.0, 2.0, 1.5], [0.0, 0.0, 3.0]]), np.array([[1.0, 2.0, 3.0], [0.0, 1.0, 6.0]])
     error = target_registration_error(fixed, moving, field, (1.0, 2.0, 3.0))
     np.testing.assert_allclose(error, [0.0, 2.0], atol=1e-6)
+
+
+def lost_and_found(fixed: list[int], moving: list[int], push: float) -> dict:
+    """Overlap of cubes of some labels in two volumes of 20 voxels of 1 x 1 x 2 mm, label 2 pushed along x."""
+    images = []
+    for labels in (fixed, moving):
+        array = np.zeros((20, 20, 20), np.uint8)
+        for label in labels:
+            array[6 * label - 3 : 6 * label, 8:11, 8:11] = label
+        images.append(sitk.GetImageFromArray(array))
+        images[-1].SetSpacing((1.0, 1.0, 2.0))
+    vectors = np.zeros((20, 20, 20, 3))
+    vectors[9:12, ..., 0] = push
+    field = sitk.GetImageFromArray(vectors, isVector=True)
+    field.CopyInformation(images[0])
+    return _overlap(*images, sitk.DisplacementFieldTransform(field))["hd95_mm"]
+
+
+def test_losing_a_label_is_worse_than_any_misplacement_of_it():
+    diagonal = np.sqrt(20**2 + 20**2 + 40**2)
+    kept, lost = lost_and_found([1, 2], [1, 2], 5.0), lost_and_found([1, 2], [1, 2], 50.0)
+    assert kept["per_label"] == {"1": 0.0, "2": 5.0}
+    assert lost["per_label"] == {"1": 0.0, "2": pytest.approx(diagonal)}
+    assert lost["mean"] == pytest.approx(diagonal / 2)
+
+
+def test_a_label_that_a_scan_lacks_has_no_distance():
+    assert lost_and_found([1], [1, 2], 0.0) == {"mean": 0.0, "per_label": {"1": 0.0, "2": None}}
+    assert lost_and_found([1, 2], [1], 0.0) == {"mean": 0.0, "per_label": {"1": 0.0, "2": None}}

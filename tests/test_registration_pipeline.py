@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,15 @@ from scans import write
 from scipy.ndimage import gaussian_filter, map_coordinates
 
 from nnssl_ext.checkpoints.io import save_checkpoint
+from nnssl_ext.cli._settings import settings_from_flags
+from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
+from nnssl_ext.registration import outputs
+from nnssl_ext.registration.extraction import ExtractionSettings
 from nnssl_ext.registration.features import Mind, load_features
 from nnssl_ext.registration.images import load_scan
-from nnssl_ext.registration.outputs import displacement_image, write_outputs
-from nnssl_ext.registration.pipeline import PairSettings, Registration, register_pair
+from nnssl_ext.registration.outputs import displacement_image, measure, write_outputs
+from nnssl_ext.registration.pipeline import PairSettings, Registration, describe_pair, register_pair
 from nnssl_ext.registration.solver import SolverSettings
 
 SHAPE = (26, 24, 28)
@@ -253,3 +258,89 @@ class TestFiles:
         assert found == measures and found["request"] == {"asked": 1}
         assert {"start", "features", "solver"} <= set(found["seconds"]) and found["peak_memory_gib"]["solver"] > 0
         assert found["start"] == "read from start.tfm"
+
+    def test_another_registration_leaves_nothing_of_the_one_before(self, written, tmp_path, monkeypatch):
+        """The first has an inverse, labels and a picture; the second has none, and is interrupted before its measures."""
+        _, _, result, _ = written
+        write_outputs(result, tmp_path, {}, inverse=True, draw=lambda path: path.write_text("a picture"))
+        first = {path.name for path in tmp_path.iterdir()}
+        assert {"warped_labels.nii.gz", "displacement_inverse.nii.gz", "overview.png", "measures.json"} < first
+        bare = replace(result, moving=replace(result.moving, labels=None))
+        seen = []
+        write_image = outputs._write_image
+        monkeypatch.setattr(
+            outputs, "_write_image", lambda *given: (seen.append(list(tmp_path.iterdir())), write_image(*given))
+        )
+        write_outputs(bare, tmp_path, {})
+        assert tmp_path / "measures.json" not in seen[0]
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "displacement.nii.gz",
+            "transform.h5",
+            "warped.nii.gz",
+            "measures.json",
+        }
+
+
+def ball(path: Path, seed: int, radius: float) -> Path:
+    """A textured ball in air; without the air, a third of the grid."""
+    places = np.stack(np.mgrid[:24, :24, :24], axis=-1) - 11.5
+    inside = (places**2).sum(-1) < radius**2
+    noise = np.random.default_rng(seed + 9).normal(size=inside.shape)
+    array = np.where(inside, 500 + 5 * texture(inside.shape, seed), 0) + 3 * noise
+    return write(path, array.astype(np.float32), **HEADER)
+
+
+def test_the_smoothness_asked_for_is_the_one_reported(tmp_path):
+    """Of the foreground: over the whole field of view these fields are half as rough."""
+    fixed, moving = ball(tmp_path / "f.nii.gz", 0, 8.0), ball(tmp_path / "m.nii.gz", 1, 8.5)
+    result = registered(fixed, moving, PairSettings(init="none", solver=SolverSettings(sdlogj=0.15, iterations=20)))
+    found = measure(result, sitk.Transform(3, sitk.sitkIdentity))
+    assert found["smoothness_foreground"]["sdlogj"] == pytest.approx(0.15, rel=0.05)
+    assert found["smoothness_grid"]["sdlogj"] < 0.13
+
+
+@pytest.mark.parametrize("solver", [SolverSettings(coarse_mm=8.0), SolverSettings(search_mm=32.0), SolverSettings()])
+def test_the_grid_reaches_as_far_as_the_solver_looks(tmp_path, solver):
+    """Thick slices become cubes of 1 mm, and it is cells of those that count."""
+    slices = texture((8, 24, 100))
+    grid = {"spacing": (1.0, 1.0, 3.0), "angle": 0.0}
+    moving = load_scan(write(tmp_path / "m.nrrd", slices, origin=(0, 0, 0), **grid))
+    fixed = load_scan(write(tmp_path / "f.nrrd", slices[..., 40:60], origin=(40, 0, 0), **grid))
+    found = describe_pair(fixed, moving, [Mind()], PairSettings(init="none", solver=solver)).grid
+    reach = 16 if solver == SolverSettings() else 32
+    assert found.spacing == (1.0, 1.0, 1.0) and found.size[2] == 20 + 2 * reach
+
+
+def test_the_default_grid_fits_the_memory_and_another_is_told(pair):
+    fixed, moving = map(load_scan, pair[:2])
+    gib = 2 * 4 * 12 * np.prod(SHAPE) / 2**30
+    settings = PairSettings(init="none", features=ExtractionSettings(memory_gib=gib / 4))
+    found = describe_pair(fixed, moving, [Mind()], settings)
+    assert 0.5 < np.prod(found.grid.size) / (np.prod(SHAPE) / 4) <= 1
+    (note,) = found.notes
+    assert "instead of 1x1x1 mm" in note and "raise --features.memory_gib" in note
+    asked = describe_pair(fixed, moving, [Mind()], replace(settings, spacing=(1.0, 1.0, 1.0)))
+    assert asked.grid.size == SHAPE
+    assert len(asked.notes) == 1 and "a coarser --spacing takes less" in asked.notes[0]
+    room = replace(settings, features=ExtractionSettings(memory_gib=gib))
+    assert describe_pair(fixed, moving, [Mind()], room).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--solver.sdlogj", "0"], "--solver.sdlogj 0"),
+        (["--solver.sdlogj", "-1"], "--solver.sdlogj -1"),
+        (["--solver.sdlogj", "0.2", "--solver.regularisation", "0"], "--solver.regularisation 0 with"),
+        (["--solver.regularisation", "-1"], "--solver.regularisation -1"),
+        (["--solver.iterations", "-1"], "--solver.iterations -1"),
+        (["--solver.search_mm", "-3"], "--solver.search_mm -3"),
+        (["--solver.coarse_mm", "0"], "--solver.coarse_mm 0"),
+        (["--solver.fine_mm", "-2"], "--solver.fine_mm -2"),
+        (["--spacing", "0", "1", "1"], "--spacing 0 1 1"),
+        (["--features.memory_gib", "0"], "--features.memory_gib 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named_by_their_flag(flags, words):
+    with pytest.raises(NnsslError, match=words):
+        settings_from_flags(PairSettings(), flags, "nnssl_register")

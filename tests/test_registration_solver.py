@@ -8,6 +8,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.registration.smoothness import jacobian_determinant, smoothness
@@ -231,3 +233,28 @@ def test_a_structure_before_a_flat_background_is_found_and_not_pushed_out_of_vie
     field = register_features(fixed[None], moving[None], (1.0, 1.0, 1.0)).displacement_voxels
     found = warp(there[None], field)[0] > 0.5
     assert 2 * (found * here).sum() / (found.sum() + here.sum()) > 0.9
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest new tensor has; views of the maps are none."""
+
+    def __init__(self, *maps):
+        super().__init__()
+        self.maps, self.numbers = {each.untyped_storage().data_ptr() for each in maps}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in self.maps:
+                self.numbers = max(self.numbers, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_maps_of_whole_scans_are_not_copied(masked):
+    shape = (26, 25, 24)
+    fixed, moving = texture(shape, 24), texture(shape, 24, seed=1)
+    mask = torch.arange(26).view(-1, 1, 1).expand(shape) > 3 if masked else None
+    with Largest(fixed, moving) as largest:
+        register_features(fixed, moving, MM, SolverSettings(search_mm=4.0, iterations=1), mask, mask)
+    assert largest.numbers < fixed.numel() / 2

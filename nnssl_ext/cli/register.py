@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,16 +75,26 @@ def _main() -> int:
 
     import torch
 
+    from nnssl_ext.checkpoints.source import with_local_files
     from nnssl_ext.registration.batch import PairFiles, read_pairs, run_batch
-    from nnssl_ext.registration.features import load_features
+    from nnssl_ext.registration.features import digests_of, load_features
 
     pairs = {} if single else read_pairs(args.pairs)
     device = torch.device(device_name(args.device))
-    sources = load_features(args.c, device, settings.features, args.seed)
+    features = with_local_files(args.c)
+    content = digests_of(features)  # before loading: what changes in between is then registered again next time
+    sources = load_features(features, device, settings.features, args.seed)
     out = console()
     for source in sources:
         out.print(f"{source.name}: {source.about}", *source.notes, sep="\n  note: ", markup=False)
-    asked = {"features": args.c, "seed": args.seed, "inverse": args.inverse, "settings": asdict(settings)}
+    asked = {
+        "version": version("nnssl-ext"),
+        "features": args.c,
+        "files": content,
+        "seed": args.seed,
+        "inverse": args.inverse,
+        "settings": asdict(settings),
+    }
 
     def request(files: PairFiles) -> dict[str, Any]:
         return json.loads(json.dumps({**files.as_json(), **asked}))  # as it reads from a file
@@ -126,9 +137,12 @@ def _register(
     fixed = load_scan(files.fixed, files.fixed_mask, files.fixed_labels)
     moving = load_scan(files.moving, files.moving_mask, files.moving_labels)
     result = register_pair(fixed, moving, sources, replace(settings, init=files.init or settings.init), device)
-    draw_overview(folder / "overview.png", **overview(result))
     about = [{"name": source.name, "about": source.about} for source in sources]
-    return write_outputs(result, folder, request, inverse, features=about, device=str(device))
+
+    def draw(path: Path) -> None:
+        draw_overview(path, **overview(result))
+
+    return write_outputs(result, folder, request, inverse, draw, features=about, device=str(device))
 
 
 def _summary(measures: dict[str, Any]) -> list[str]:

@@ -10,11 +10,11 @@ import torch
 from nnssl_ext.contracts import Backbone, Method
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.engine.job import Job, data_folder
+from nnssl_ext.engine.method import build_method
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 from nnssl_ext.monitors.probe import Probe, is_labelled
 from nnssl_ext.monitors.registration import RegistrationProbe
-from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.plans import preprocessed_folder
 
 
@@ -47,8 +47,7 @@ class OnlineProbe:
         if epoch % self.job.run.probe_epochs and not last:
             return {}
         if not self.random:
-            torch.manual_seed(self.job.run.seed)
-            fresh: Any = build_backbone(self.job.plans, self.job.plan.configuration, self.job.plan.channels)
+            fresh: Any = build_method(self.job).export_backbone()  # with the labels that the method tells
             self.random = {f"{name}_random": value for name, value in self._ask(fresh.to(self.device)).items()}
         return {**self._ask(method.export_backbone()), **self.random}
 

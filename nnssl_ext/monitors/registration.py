@@ -72,7 +72,8 @@ class RegistrationProbe:
         masks = [torch.from_numpy(mask).to(device) for mask in inside]
         maps = [extract(backbone, torch.from_numpy(image).to(device), self.extraction, self.tile) for image in images]
         features = [found.on_grid((z, y, x)) for found in joint_pca(maps[0], maps[1], masks[0], masks[1])]
-        field = register_features(features[0], features[1], fixed.spacing, SOLVER).displacement_voxels
+        found = register_features(features[0], features[1], fixed.spacing, SOLVER, foreground=masks[0])
+        field = found.displacement_voxels
         warped = warp(torch.from_numpy(labels[1]).float().to(device)[None], field, "nearest", "zeros")[0]
         present = sorted(set(np.unique(labels[0])) - {0})
         scores = dice(labels[0], _whole(warped), [int(label) for label in present])

@@ -58,7 +58,7 @@ def _read(path: Path) -> sitk.Transform:
     if not path.is_file():
         if path.suffix:
             raise NnsslError(f"{path}: no such file", "give a transform that SimpleITK reads, or --init affine")
-        raise unknown_name("way to start", str(path), get_args(Start))
+        raise unknown_name("way to start", path.name, get_args(Start))
     try:
         transform = sitk.ReadTransform(str(path))
     except RuntimeError as error:

@@ -6,10 +6,11 @@ import csv
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
+from nnssl_ext.registration.affine import Start
 from nnssl_ext.registration.outputs import MEASURES
 
 FAILURES = "failures.json"
@@ -38,10 +39,10 @@ COLUMNS = ("name", *(field.name for field in fields(PairFiles)))
 def read_pairs(path: Path) -> dict[str, PairFiles]:
     """Name -> pair, from a CSV with a header: ``fixed`` and ``moving``, and as needed the other `COLUMNS`.
 
-    Paths are relative to the CSV. Without a name, a pair is called after its files.
+    Paths are relative to the CSV, also that of a transform in ``init``. Without a name, a pair is called after its files.
 
     Raises:
-        NnsslError: no CSV, unknown or missing columns, an empty cell, or two pairs of one name.
+        NnsslError: no CSV, unknown or missing columns, an empty cell, two pairs of one name, or one that names no folder.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -62,11 +63,14 @@ def read_pairs(path: Path) -> dict[str, PairFiles]:
             raise NnsslError(f"{path}, line {number}: no fixed or no moving scan", "complete or delete the line")
         files = {key: path.parent / value for key, value in given.items() if key not in ("name", "init")}
         name = given.get("name") or f"{_stem(files['moving'])}_to_{_stem(files['fixed'])}"
-        if name in pairs or Path(name).name != name:
+        if name in pairs or name in (".", "..") or set(name) & set("/\\"):
             raise NnsslError(
                 f"{path}, line {number}: '{name}' is no new folder name", "give each pair a name of its own"
             )
-        pairs[name] = PairFiles(**files, init=given.get("init"))
+        init = given.get("init")
+        if init is not None and init not in get_args(Start):
+            init = str(path.parent / init)
+        pairs[name] = PairFiles(**files, init=init)
     if not pairs:
         raise NnsslError(f"{path} lists no pairs", "add a line per pair below the header")
     return pairs

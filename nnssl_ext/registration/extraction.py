@@ -44,7 +44,8 @@ class ExtractionSettings:
         overlap: part of a tile's edge that it shares with the next tile. The outer quarter of it is not used at all, so that
             tiles give what the whole volume gives to networks that see no further. Instance norms see the whole volume in
             either case (`tiling`), for one pass over all tiles per layer; attention ends where its tile ends.
-        memory_gib: what one pass may take, by a rough estimate.
+        memory_gib: what one pass may take, by a rough estimate. A registration also holds the features of both scans on its
+            common grid to it, where nothing else decides how fine that is (`pipeline.PairSettings.spacing`).
     """
 
     level: str = ""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nnssl_ext.checkpoints.source import with_local_files
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import sha256_of
 from nnssl_ext.records import Size
 from nnssl_ext.registration.encoder import Encoder, load_encoder, random_encoder
 from nnssl_ext.registration.extraction import LABELS, ExtractionSettings, FeatureMap, extract
@@ -170,8 +171,23 @@ def load_features(
     """
     extraction = extraction or ExtractionSettings()
     text = with_local_files(text)
-    names = [text] if Path(text).is_file() else text.split("+")
-    return tuple(_source(name.strip(), device, extraction, seed) for name in names)
+    return tuple(_source(name, device, extraction, seed) for name in parts_of(text))
+
+
+def parts_of(text: str) -> list[str]:
+    """The features that are joined in `text`, which names local files (see `with_local_files`)."""
+    return [text] if Path(text).is_file() else [name.strip() for name in text.split("+")]
+
+
+def files_of(text: str) -> list[Path]:
+    """Checkpoints and plans that the features in `text` are read from."""
+    named = (Path(part.removeprefix(RANDOM).partition("@")[0]) for part in parts_of(text))
+    return [path for path in named if path.is_file()]
+
+
+def digests_of(text: str) -> dict[str, str]:
+    """SHA-256 of each of these files."""
+    return {str(path): sha256_of(path) for path in files_of(text)}
 
 
 def pair_features(

@@ -5,13 +5,13 @@ World coordinates are ITK's: LPS, mm, in the order x, y, z. Arrays are z, y, x.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from jaxtyping import Bool, Float, Shaped
+from scipy import ndimage
 
 from nnssl_ext.data.foreground import foreground_mask
 from nnssl_ext.data.scans import label_values, on_grid_of, read_scan, voxels
@@ -148,23 +148,26 @@ def view_field(image: sitk.Image, grid: Grid, transform: sitk.Transform | None =
     return sitk.GetArrayFromImage(seen) > 0
 
 
-def common_grid(
-    fixed: Scan, moving: Scan, initial: sitk.Transform, spacing: Sequence[float] | None, margin: float
-) -> Grid:
+def finest_cubes(scan: Scan) -> Spacing:
+    """Cubes as fine as the scan's finest axis."""
+    edge = min(scan.grid.spacing)
+    return edge, edge, edge
+
+
+def common_grid(fixed: Scan, moving: Scan, initial: sitk.Transform, spacing: Spacing, margin: float) -> Grid:
     """The grid for comparing a pair: the fixed scan's axes, its box, and as much of the moving scan as lies at most
     `margin` beyond it, because displacements may point there.
 
     Args:
         initial: world point of the fixed scan -> world point of the moving scan.
-        spacing: mm along z, y, x; None: cubes as fine as the fixed scan's finest axis.
+        spacing: mm along z, y, x.
         margin: mm.
 
     Raises:
         NnsslError: the scans share not one voxel.
     """
     own = fixed.grid
-    z, y, x = spacing or (min(own.spacing),) * 3
-    mm = np.array([z, y, x], float)
+    mm = np.array(spacing, float)
     length = np.array(own.size) * own.spacing
     inner = np.ceil(length / mm - 1e-3).astype(int)  # a hair beyond a whole number is rounding in the header
     rim = np.ceil(margin / mm).astype(int)
@@ -175,9 +178,9 @@ def common_grid(
             f"{moving.path} and {fixed.path} do not meet: their fields of view share no voxel",
             "let the start be found (--init centre, rigid or affine), or correct the headers",
         )
-    wanted = np.argwhere(seen)
-    lower = np.minimum(wanted.min(axis=0), rim)
-    upper = np.maximum(wanted.max(axis=0) + 1, rim + inner)
+    (box,) = ndimage.find_objects(seen.view(np.uint8))
+    lower = np.minimum([part.start for part in box], rim)
+    upper = np.maximum([part.stop for part in box], rim + inner)
     return _subgrid(own, mm, lower - rim, upper - lower)
 
 

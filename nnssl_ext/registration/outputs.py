@@ -6,6 +6,7 @@ fixed file's own grid. All warping is done by SimpleITK with this very transform
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,8 @@ from nnssl_ext.registration.pipeline import Registration
 from nnssl_ext.registration.smoothness import smoothness
 
 MEASURES = "measures.json"
-"""Written last: where it is, the other files are complete."""
+"""Written last, and removed before anything is written: where it is, the other files are those of its registration."""
+OVERVIEW, WARPED_LABELS, INVERSE = "overview.png", "warped_labels.nii.gz", "displacement_inverse.nii.gz"
 
 
 def displacement_image(result: Registration) -> sitk.Image:
@@ -51,18 +53,25 @@ def inverse_displacement_image(result: Registration) -> sitk.Image:
 
 
 def write_outputs(
-    result: Registration, output: Path, request: dict[str, Any], inverse: bool = False, **more: Any
+    result: Registration,
+    output: Path,
+    request: dict[str, Any],
+    inverse: bool = False,
+    draw: Callable[[Path], object] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Write everything into a folder; returns the measures.
+    """Write everything into a folder, in place of an earlier registration's files; returns the measures.
 
     Args:
         request: what was asked for, kept in the measures so that an interrupted batch knows what is done.
         inverse: also write the inverse field.
+        draw: writes a picture into the file that it is given.
         more: further entries for the measures.
 
     Raises:
         NnsslError: the folder cannot be written.
     """
+    _remove_earlier(output)
     displacement = displacement_image(result)
     transform = sitk.DisplacementFieldTransform(sitk.Cast(displacement, sitk.sitkVectorFloat64))
     _write_image(displacement, output / "displacement.nii.gz")
@@ -71,9 +80,11 @@ def write_outputs(
     _write_image(warp_scan(result, transform), output / "warped.nii.gz")
     if result.moving.labels is not None:
         warped = warp_labels(result.moving.labels, transform, result.fixed.file_grid)
-        _write_image(warped, output / "warped_labels.nii.gz")
+        _write_image(warped, output / WARPED_LABELS)
     if inverse:
-        _write_image(inverse_displacement_image(result), output / "displacement_inverse.nii.gz")
+        _write_image(inverse_displacement_image(result), output / INVERSE)
+    if draw is not None:
+        draw(output / OVERVIEW)
     measures = {**measure(result, transform), **more, "request": request}
     write_json(output / MEASURES, measures)
     return measures
@@ -123,13 +134,23 @@ def measure(result: Registration, transform: sitk.Transform) -> dict[str, Any]:
 
 
 def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> dict[str, Any]:
-    """Dice and HD95 of every label that one of the scans has, on the fixed scan's grid; None for what is not defined."""
+    """Dice and HD95 of every label that one of the scans has, on the fixed scan's grid; None for what is not defined.
+
+    Where both scans have a label and the warped labels do not, its HD95 is the diagonal of the fixed scan's grid, in mm:
+    losing a label must not be better than misplacing it.
+    """
     grid = grid_of(fixed)
     warped = sitk.GetArrayFromImage(warp_labels(moving, transform, grid)).astype(np.int64)
     target = sitk.GetArrayFromImage(fixed).astype(np.int64)
-    present = set(np.unique(target)) | set(np.unique(sitk.GetArrayViewFromImage(moving)))
-    labels = [int(value) for value in sorted(present - {0})]
-    scores = {"dice": dice(target, warped, labels), "hd95_mm": hd95(target, warped, grid.spacing, labels)}
+    here, there = (set(np.unique(sitk.GetArrayViewFromImage(image)).tolist()) for image in (fixed, moving))
+    labels = [int(value) for value in sorted((here | there) - {0})]
+    diagonal = float(np.linalg.norm(np.multiply(grid.size, grid.spacing)))
+    lost = (here & there).difference(np.unique(warped).tolist())
+    distances = hd95(target, warped, grid.spacing, labels)
+    scores = {
+        "dice": dice(target, warped, labels),
+        "hd95_mm": {label: diagonal if label in lost else value for label, value in distances.items()},
+    }
     return {
         name: {
             "mean": _mean(list(each.values())),
@@ -155,6 +176,15 @@ def _field_of(transform: sitk.Transform, grid: Grid) -> sitk.Image:
     return sitk.TransformToDisplacementField(
         transform, sitk.sitkVectorFloat32, size, grid.origin, spacing, grid.direction
     )
+
+
+def _remove_earlier(output: Path) -> None:
+    """The measures first, then what is not written every time."""
+    for name in (MEASURES, OVERVIEW, WARPED_LABELS, INVERSE):
+        try:
+            (output / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise NnsslError(f"cannot replace {output / name}: {error}", f"make {output} writable") from error
 
 
 def _write_image(image: sitk.Image, path: Path) -> None:

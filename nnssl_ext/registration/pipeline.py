@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -19,13 +20,13 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.registration.affine import initial_transform
 from nnssl_ext.registration.extraction import ExtractionSettings
 from nnssl_ext.registration.features import FeatureSource, pair_features, working_spacing
-from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, place, view_field
+from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, finest_cubes, place, view_field
+from nnssl_ext.registration.projection import COMPONENTS
 from nnssl_ext.registration.solver import Field, SolverSettings, register_features
 
 FAR_SPACING = 2.0
 """A scan whose spacing differs by more than this factor from a network's shows details the network does not know, or lacks
 those it knows (our choice)."""
-SEARCH_VOXELS = 16  # the solver's default search range, in voxels of cubes: 4 cells of 4
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class PairSettings:
         init: where the search starts: none trusts the headers, centre aligns the foregrounds' centres of mass, rigid and affine
             go on by mutual information, auto is none, or centre where the fields of view hardly meet; else a transform file.
         spacing: mm of the common grid along z, y, x; None: what the features' networks were trained at, else cubes as fine as
-            the fixed scan's finest axis.
+            the fixed scan's finest axis, or larger ones where the features would take more than `features.memory_gib`.
         weights: of the features, where several are fused; None: equal.
         features: how maps are read from networks (for `features.load_features`).
         solver: of the deformation.
@@ -47,6 +48,13 @@ class PairSettings:
     weights: tuple[float, ...] | None = None
     features: ExtractionSettings = field(default_factory=ExtractionSettings)
     solver: SolverSettings = field(default_factory=SolverSettings)
+
+    def __post_init__(self) -> None:
+        if self.spacing is not None and not min(self.spacing) > 0:
+            told = " ".join(f"{value:g}" for value in self.spacing)
+            raise NnsslError(f"--spacing {told}", "give three numbers of mm above 0, or leave it out")
+        if not self.features.memory_gib > 0:
+            raise NnsslError(f"--features.memory_gib {self.features.memory_gib:g}", "give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,7 @@ def register_pair(
         NnsslError: fields of view that do not meet, no foreground in common, networks of different spacings, or no start.
     """
     pair = describe_pair(fixed, moving, sources, settings, device)
-    return deform_pair(
-        pair, lambda: register_features(*pair.features, pair.grid.spacing, settings.solver, *pair.counted)
-    )
+    return deform_pair(pair, lambda: solve_pair(pair, settings.solver))
 
 
 def describe_pair(
@@ -133,8 +139,7 @@ def describe_pair(
     memory: dict[str, float] = {}
     with _measured("start", device, seconds, memory):
         initial, initial_note = initial_transform(fixed, moving, settings.init)
-        spacing = settings.spacing or working_spacing(sources)
-        grid = common_grid(fixed, moving, initial, spacing, _reach(settings.solver, spacing or fixed.grid.spacing))
+        grid, grid_notes = _choose_grid(fixed, moving, initial, sources, settings)
         transforms = (sitk.Transform(3, sitk.sitkIdentity), initial)
         views = [view_field(scan.image, grid, to) for scan, to in zip((fixed, moving), transforms, strict=True)]
         natural = [scan.foreground() for scan in (fixed, moving)]
@@ -154,7 +159,7 @@ def describe_pair(
             volumes.append((fixed_volume, moving_volume))
         described = pair_features(sources, volumes, grid.spacing, tensors[0], tensors[1], settings.weights)
     weights = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in counted]
-    notes = tuple(note for source in sources for note in (*source.notes, *_spacing_notes(source, fixed, moving, grid)))
+    about = [note for source in sources for note in (*source.notes, *_spacing_notes(source, fixed, moving, grid))]
     return DescribedPair(
         fixed,
         moving,
@@ -166,8 +171,14 @@ def describe_pair(
         (weights[0], weights[1]),
         seconds,
         memory,
-        notes,
+        (*about, *grid_notes),
     )
+
+
+def solve_pair(pair: DescribedPair, settings: SolverSettings) -> Field:
+    """The deformation that our solver finds; smoothness is that of the fixed scan's foreground, as `outputs.measure` tells."""
+    foreground = torch.from_numpy(pair.foreground[0]).to(pair.features[0].device)
+    return register_features(*pair.features, pair.grid.spacing, settings, *pair.counted, foreground)
 
 
 def deform_pair(pair: DescribedPair, solve: Callable[[], Field]) -> Registration:
@@ -207,9 +218,34 @@ def _measured(stage: str, device: torch.device, seconds: dict[str, float], memor
     seconds[stage] = time.perf_counter() - started
 
 
-def _reach(solver: SolverSettings, spacing: Spacing) -> float:
-    """mm beyond the fixed scan that a displacement may point to."""
-    return solver.search_mm or SEARCH_VOXELS * float(np.prod(spacing)) ** (1 / 3)
+def _choose_grid(
+    fixed: Scan, moving: Scan, initial: sitk.Transform, sources: Sequence[FeatureSource], settings: PairSettings
+) -> tuple[Grid, list[str]]:
+    """The common grid, and what deserves attention about its size: float32 features of both scans, `COMPONENTS` per source,
+    should fit `features.memory_gib`. What else is in memory comes to 1.3 times as much with MIND alone (measured)."""
+    allowed = settings.features.memory_gib
+    asked = settings.spacing or working_spacing(sources)
+    first = spacing = asked or finest_cubes(fixed)
+    while True:
+        # margin: displacements may point as far as the solver searches
+        grid = common_grid(fixed, moving, initial, spacing, settings.solver.reach_mm(spacing))
+        needed = 2 * 4 * COMPONENTS * len(sources) * math.prod(grid.size) / 2**30
+        if needed <= allowed or asked:
+            break
+        factor = max((needed / allowed) ** (1 / 3), 1.01)  # at least a step: sizes are rounded up
+        spacing = (spacing[0] * factor, spacing[1] * factor, spacing[2] * factor)
+    notes = []
+    if needed > allowed:
+        notes.append(
+            f"the features of both scans on the common grid of {grid} take about {needed:.3g} GiB, more than "
+            f"--features.memory_gib {allowed:g}; a coarser --spacing takes less"
+        )
+    elif spacing != first:
+        notes.append(
+            f"the common grid has voxels of {_mm(spacing)} instead of {_mm(first)}, so that the features of both scans fit "
+            f"{allowed:g} GiB; raise --features.memory_gib where there is more memory"
+        )
+    return grid, notes
 
 
 def _placed(

@@ -43,11 +43,10 @@ def pool(
         return F.avg_pool3d(features[None], pooling)[0], None
     counts = torch.ones_like(features[:1]) if mask is None else mask[None].to(features.dtype)
     padding = _missing(features, pooling)
-    padded = F.pad(features[None], padding, mode="replicate")
-    counts = F.pad(counts[None], padding)
-    weight = F.avg_pool3d(counts, pooling)
-    means = F.avg_pool3d(padded * counts, pooling) / weight.clamp(min=1e-6)
-    means, weight = means[0], weight[0]
+    weight = F.avg_pool3d(F.pad(counts, padding), pooling)
+    # channel by channel: maps of whole scans are large, and copies of them would be too
+    sums = [F.avg_pool3d(F.pad(channel[None] * counts, padding), pooling) for channel in features]
+    means = torch.cat(sums) / weight.clamp(min=1e-6)
     seen = (weight > 0).to(features.dtype)
     kernels = smoothing_kernels(weight.shape[1:], 1, device=weight.device)
     around = apply_kernels(means * seen, kernels) / apply_kernels(seen, kernels).clamp(min=1e-6)

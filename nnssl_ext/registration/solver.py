@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,9 @@ from nnssl_ext.registration.smoothness import match_smoothness, smoothness, with
 from nnssl_ext.registration.warp import exponential, invert, logarithm
 
 Spacing = tuple[float, float, float]
+Pooled = tuple[Float[Tensor, "C z y x"], Float[Tensor, "z y x"] | None]
+"""Features of cells, and how much each counts."""
+LARGE: Size = (2**30, 2**30, 2**30)  # stands for a grid that is not known yet: no axis too short for its cells
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,8 @@ class SolverSettings:
             4 voxels (the geometric mean of the spacings).
         fine_mm: cell edge of the instance optimisation; None: 2 voxels.
         regularisation: λ, the weight of the squared derivatives of the displacement (mm per mm). 1.25 is convexAdam's.
-        sdlogj: the smoothness to reach, as std of the log Jacobian determinant; λ is then searched for, starting at
-            `regularisation`. None: λ as given.
+        sdlogj: the smoothness to reach, as std of the log Jacobian determinant in the fixed scan's foreground; λ is then
+            searched for, starting at `regularisation`. None: λ as given.
         iterations, learning_rate: of Adam; the rate is in smallest edges of the fine cells. 0 iterations: coarse search only.
         inverse_consistent: search in both directions and reconcile them.
         diffeomorphic: the field is the exponential of a velocity, and free of folds.
@@ -69,6 +73,29 @@ class SolverSettings:
     rescale: bool = True
     memory_gib: float = 1.0
     compatible: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("search_mm", "coarse_mm", "fine_mm", "sdlogj"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise NnsslError(f"--solver.{name} {value:g}", "give a number above 0, or leave it out")
+        for name in ("regularisation", "iterations"):
+            if not getattr(self, name) >= 0:
+                raise NnsslError(f"--solver.{name} {getattr(self, name):g}", "give 0 or more")
+        if self.sdlogj is not None and not self.regularisation:
+            raise NnsslError(
+                f"--solver.regularisation 0 with --solver.sdlogj {self.sdlogj:g}",
+                "the search for the wanted smoothness must start above 0; leave --solver.regularisation out",
+            )
+
+    def coarse_pooling(self, spacing: Spacing, shape: Size = LARGE) -> Size:
+        """Voxels per cell of the coarse search on a grid."""
+        return voxels_per_cell(shape, spacing, self.coarse_mm or 4 * geometric_mean(spacing))
+
+    def reach_mm(self, spacing: Spacing, shape: Size = LARGE) -> float:
+        """How far the coarse search looks along each axis of a grid, but for rounding to cells."""
+        pooling = self.coarse_pooling(spacing, shape)
+        return self.search_mm or 4 * geometric_mean([n * mm for n, mm in zip(pooling, spacing, strict=True)])
 
     @classmethod
     def convexadam(cls, grid_sp: int = 6, disp_hw: int = 4, grid_sp_adam: int = 2, **changes: Any) -> SolverSettings:
@@ -131,6 +158,7 @@ def register_features(
     settings: SolverSettings = SolverSettings(),
     fixed_mask: Bool[Tensor, "_ _ _"] | None = None,
     moving_mask: Bool[Tensor, "_ _ _"] | None = None,
+    foreground: Bool[Tensor, "_ _ _"] | None = None,
 ) -> Field:
     """The displacement field that makes the moving features look like the fixed ones.
 
@@ -138,6 +166,7 @@ def register_features(
         fixed, moving: features ``(C, Z, Y, X)`` of two images on one grid.
         spacing: mm per voxel.
         fixed_mask, moving_mask: ``(Z, Y, X)``; only what is True counts.
+        foreground: ``(Z, Y, X)``; where `SolverSettings.sdlogj` is measured. None: everywhere.
 
     Raises:
         NnsslError: maps of different shapes, values that are not finite, or an empty mask.
@@ -145,19 +174,24 @@ def register_features(
     _check(fixed, moving, fixed_mask, moving_mask)
     fixed, moving = fixed.float(), moving.float()
     shape: Size = (fixed.shape[1], fixed.shape[2], fixed.shape[3])
-    if settings.rescale:
-        scale = _unit_scale(fixed, moving, fixed_mask, moving_mask)
-        fixed, moving = fixed * scale, moving * scale
+    scale = _unit_scale(fixed, moving, fixed_mask, moving_mask) if settings.rescale else 1.0
+
+    def pooled(pooling: Size) -> list[Pooled]:
+        sides = []
+        for maps, mask in ((fixed, fixed_mask), (moving, moving_mask)):
+            cells, weight = pool(maps, pooling, mask, compatible=settings.compatible)
+            sides.append((cells * scale, weight))  # scaling voxels would be another copy of maps that may be large
+        return sides
+
     started = time.perf_counter()
-    coarse = _coarse(fixed, moving, spacing, settings, fixed_mask, moving_mask)
+    coarse = _coarse(pooled, shape, spacing, settings)
     seconds = {"coarse": time.perf_counter() - started}
     if not settings.iterations:
         found = _field(logarithm(coarse) if settings.diffeomorphic else coarse, spacing, settings.diffeomorphic)
         return dataclasses.replace(found, seconds=seconds)
     started = time.perf_counter()
     pooling = voxels_per_cell(shape, spacing, settings.fine_mm or 2 * geometric_mean(spacing))
-    fixed_cells, fixed_weight = pool(fixed, pooling, fixed_mask, compatible=settings.compatible)
-    moving_cells, moving_weight = pool(moving, pooling, moving_mask, compatible=settings.compatible)
+    (fixed_cells, fixed_weight), (moving_cells, moving_weight) = pooled(pooling)
     start = voxels_to_cells(coarse, pooling, compatible=settings.compatible)
 
     def refine(regularisation: float) -> Field:
@@ -180,7 +214,7 @@ def register_features(
     chosen = settings.regularisation
     if settings.sdlogj is not None:
         chosen = match_smoothness(
-            lambda value: smoothness(refine(value).displacement_voxels, fixed_mask).sdlogj, settings.sdlogj, chosen
+            lambda value: smoothness(refine(value).displacement_voxels, foreground).sdlogj, settings.sdlogj, chosen
         )
     result = refine(chosen)
     return dataclasses.replace(result, seconds=seconds | {"fine": time.perf_counter() - started})
@@ -194,19 +228,12 @@ def _field(voxels: Tensor, spacing: Spacing, diffeomorphic: bool, regularisation
 
 
 def _coarse(
-    fixed: Tensor,
-    moving: Tensor,
-    spacing: Spacing,
-    settings: SolverSettings,
-    fixed_mask: Mask | None,
-    moving_mask: Mask | None,
+    pooled: Callable[[Size], list[Pooled]], shape: Size, spacing: Spacing, settings: SolverSettings
 ) -> Float[Tensor, "3 Z Y X"]:
-    shape: Size = (fixed.shape[1], fixed.shape[2], fixed.shape[3])
-    pooling = voxels_per_cell(shape, spacing, settings.coarse_mm or 4 * geometric_mean(spacing))
-    fixed_cells, fixed_weight = pool(fixed, pooling, fixed_mask, compatible=settings.compatible)
-    moving_cells, moving_weight = pool(moving, pooling, moving_mask, compatible=settings.compatible)
+    pooling = settings.coarse_pooling(spacing, shape)
+    (fixed_cells, fixed_weight), (moving_cells, moving_weight) = pooled(pooling)
     cell_mm = [factor * size for factor, size in zip(pooling, spacing, strict=True)]
-    search = settings.search_mm or 4 * geometric_mean(cell_mm)
+    search = settings.reach_mm(spacing, shape)
     z, y, x = (
         min(round(search / size), length - 1) for size, length in zip(cell_mm, fixed_cells.shape[1:], strict=True)
     )
@@ -238,10 +265,12 @@ a standard deviation of 0.06, over eight hippocampus pairs (measured)."""
 
 def _unit_scale(fixed: Tensor, moving: Tensor, fixed_mask: Mask | None, moving_mask: Mask | None) -> float:
     """The factor that gives unrelated places of the two maps `MIND_DIFFERENCE`; 1 for constant maps."""
-    a = fixed.flatten(1) if fixed_mask is None else fixed[:, fixed_mask]
-    b = moving.flatten(1) if moving_mask is None else moving[:, moving_mask]
-    apart = (a.mean(1) - b.mean(1)).square() + a.var(1, unbiased=False) + b.var(1, unbiased=False)
-    difference = REFERENCE_CHANNELS * float(apart.mean())
+    apart = []
+    for here, there in zip(fixed, moving, strict=True):  # channel by channel: picking voxels copies
+        a = here if fixed_mask is None else here[fixed_mask]
+        b = there if moving_mask is None else there[moving_mask]
+        apart.append((a.mean() - b.mean()).square() + a.var(unbiased=False) + b.var(unbiased=False))
+    difference = REFERENCE_CHANNELS * float(torch.stack(apart).mean())
     return math.sqrt(MIND_DIFFERENCE / difference) if difference > 1e-12 else 1.0
 
 
@@ -252,7 +281,7 @@ def _check(fixed: Tensor, moving: Tensor, fixed_mask: Tensor | None, moving_mask
             "bring both images onto one grid, with the same features",
         )
     for name, features in (("fixed", fixed), ("moving", moving)):
-        if not torch.isfinite(features).all():
+        if not all(torch.isfinite(channel).all() for channel in features):
             raise NnsslError(f"the {name} features hold values that are not finite", "check the image for NaN or Inf")
     for name, mask in (("fixed", fixed_mask), ("moving", moving_mask)):
         if mask is None:
