@@ -13,7 +13,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.presets import PRIMUS_PRESETS
 from nnssl_ext.planners.base import MOST_CASES, PretrainingPlanner
 from nnssl_ext.planners.memory import largest_batch, memory_gb, network_cost
-from nnssl_ext.planners.sizes import initial_patch, shrink, token_size, token_strides
+from nnssl_ext.planners.sizes import initial_patch, local_crop, shrink, token_size, token_strides
 from nnssl_ext.records import Size
 
 MOST_TOKENS = 8000
@@ -47,8 +47,10 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
         channels, classes = len(self.channel_names), len(self.dataset_json["labels"])
 
         def estimate(size: Size, batch: int) -> float:
-            cost = network_cost(self.architecture(token, size), size, channels, classes)
-            return memory_gb(cost, batch, views=self.views)
+            architecture = self.architecture(token, size)
+            sizes = size, local_crop(size, token)
+            whole, part = (network_cost(architecture, edges, channels, classes) for edges in sizes)
+            return memory_gb(whole, batch, local=part, views=self.views)
 
         def fits(size: Size) -> bool:
             small = self.most_voxels is None or math.prod(size) <= self.most_voxels

@@ -12,7 +12,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.presets import SWIN_PRESETS
 from nnssl_ext.planners.base import MOST_CASES, PretrainingPlanner
 from nnssl_ext.planners.memory import largest_batch, memory_gb, network_cost
-from nnssl_ext.planners.sizes import initial_patch, shrink
+from nnssl_ext.planners.sizes import initial_patch, local_crop, shrink
 from nnssl_ext.records import Size
 
 DIVISOR: Size = (32, 32, 32)
@@ -48,8 +48,10 @@ class nnsslPlannerSwinUNETR(PretrainingPlanner, ExperimentPlanner):
         target = float(self.UNet_vram_target_GB)
 
         def fits(patch: Size, batch: int) -> bool:
-            cost = network_cost(architecture, patch, len(self.channel_names), len(self.dataset_json["labels"]))
-            return memory_gb(cost, batch, views=self.views) <= target
+            channels, classes = len(self.channel_names), len(self.dataset_json["labels"])
+            sizes = patch, local_crop(patch, DIVISOR)
+            whole, part = (network_cost(architecture, size, channels, classes) for size in sizes)
+            return memory_gb(whole, batch, local=part, views=self.views) <= target
 
         start = _at_least_two_places(initial_patch(millimetres, median, DIVISOR), median)
         patch = self.overrides.patch_size or shrink(

@@ -1,12 +1,15 @@
 """The pull of a loss's terms on shared parameters, and that looking at it changes nothing."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
 from lightning_fabric import Fabric
 from tiny_dataset import job_of, log_of, weights_of, write_dataset
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nnssl_ext.engine import loop
 from nnssl_ext.engine.gradients import compare_gradients
@@ -38,6 +41,38 @@ def test_shares_and_cosines_by_hand():
     assert shared.grad is None and head.grad is None
     sum(parts.values()).backward()  # the graph is still there
     torch.testing.assert_close(shared.grad, torch.tensor([2.0, 1.0]))
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of values in a tensor that any operation makes."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.values = max([self.values, *(t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor))])
+        return made
+
+
+def test_gradients_are_compared_without_copies_of_all_of_them():
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(20)))
+    for layer in layers:
+        nn.init.orthogonal_(layer.weight)  # so that gradients neither vanish nor explode
+    scale = nn.Parameter(torch.tensor(2.0))  # without an axis
+    out = layers(torch.randn(4, 8)) * scale
+    parts = {"a": out.square().mean(), "b": out.sum(), "c": out.abs().mean()}
+    parameters = [*layers.parameters(), scale]
+    whole = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(p, parameters, retain_graph=True)]) for p in parts.values()
+    ]
+    with Largest() as largest:
+        found = compare_gradients(FABRIC, parts, parameters)
+    assert largest.values <= 3 * 64  # one layer's gradients of the three terms; all layers have 1,280 values
+    lengths = torch.stack([g.norm() for g in whole])
+    assert [found[f"grad_share_{name}"] for name in parts] == pytest.approx((lengths / lengths.sum()).tolist())
+    for (first, a), (second, b) in combinations(zip(parts, whole, strict=True), 2):
+        assert found[f"grad_cosine_{first}_{second}"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)))
 
 
 def test_one_term_or_nothing_shared_gives_no_figures():

@@ -19,8 +19,9 @@ from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, job_of, log_of, weig
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.engine import loop
-from nnssl_ext.engine.job import Job
+from nnssl_ext.engine.job import Job, prepare
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json, write_json
 
 EVERY_PAIR = [(method, backbone) for method in pretraining_methods() for backbone in BACKBONES]
 COMPARABLE = {
@@ -130,6 +131,22 @@ def test_a_run_is_not_overwritten_and_changed_settings_are_named(dataset):
     with pytest.raises(NnsslError, match=r"settings.mask_ratio: was 0.75, now 0.5"):
         loop.pretrain(job_of(*flags, "--mask_ratio", "0.5"), resume=True)
     assert loop.pretrain(job_of(*flags, "--workers", "1"), resume=True)  # changes no batch
+
+
+def test_another_world_size_is_refused_and_named(dataset, monkeypatch):
+    """torchrun and SLURM decide it, not -num_gpus; settings files of before it was recorded still continue."""
+    job = job_of("--epochs", "1", "--iterations", "1")
+    assert loop.pretrain(job)
+    recorded = read_json(job.output / "settings.json")
+    assert recorded["world_size"] == 1
+    assert prepare(job, resume=True, world_size=1)
+    with pytest.raises(NnsslError, match="world_size: was 1, now 2"):
+        prepare(job, resume=True, world_size=2)
+    del recorded["world_size"]
+    write_json(job.output / "settings.json", recorded)
+    assert prepare(job, resume=True, world_size=8)
+    with pytest.raises(NnsslError, match="world_size: was 8, now 1"):
+        loop.pretrain(job, resume=True)
 
 
 @pytest.mark.parametrize("method", sorted(pretraining_methods().keys() - NEEDS_WHOLE_BATCHES))

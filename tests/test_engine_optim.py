@@ -44,6 +44,8 @@ def test_the_peak_follows_the_batch_and_the_final_rate_does_not():
     assert sqrt.learning_rate(100) == pytest.approx(1e-6)
     assert schedule(100, 64, lr=0.05, lr_scaling="linear", lr_batch=256).peak == pytest.approx(0.0125)
     assert schedule(100, 64, lr=0.05, lr_batch=256).peak == 0.05
+    with pytest.raises(NnsslError, match=r"--optim\.lr_batch None with --optim\.lr_scaling linear"):
+        _ = schedule(100, 64, lr_scaling="linear", lr_batch=None).peak
 
 
 def test_weight_decay_is_constant_or_a_cosine_over_the_whole_run():

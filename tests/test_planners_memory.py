@@ -2,16 +2,21 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from test_planners_plans import write_dataset
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnssl_ext.networks.primus import SegmentationPrimus
 from nnssl_ext.networks.swin_unetr import SegmentationSwinUNETR
 from nnssl_ext.planners.memory import Cost, Views, largest_batch, memory_gb, network_cost
+from nnssl_ext.planners.primus import nnsslPlannerPrimusB
 from nnssl_ext.planners.sizes import token_strides
+from nnssl_ext.planners.swin import nnsslPlannerSwinUNETR
+from nnssl_ext.plans import configuration_of
 
 TOLERANCE = 0.005  # of the saved values; parameters are exact
 
@@ -175,3 +180,17 @@ def test_largest_batch():
     assert largest_batch(lambda size: size <= 5, most=8) == 5
     assert largest_batch(lambda size: False, most=8) == 2
     assert largest_batch(lambda size: True, most=8) == 8
+
+
+@pytest.mark.parametrize("planner", [nnsslPlannerPrimusB, nnsslPlannerSwinUNETR])
+def test_local_views_count_when_the_patch_is_chosen(nnunet_env, planner):
+    """The patch leaves memory for all views of the smallest batch."""
+    write_dataset(nnunet_env, (160, 160, 160), cases=1)
+    patches = {}
+    for views in (Views(2, 0, True), Views(2, 8, True)):
+        made = planner(9)
+        made.views = views
+        found = configuration_of(made.make_plans(), "3d_fullres")["nnssl"]
+        assert found["memory_gb"]["estimate"] <= found["memory_gb"]["target"]
+        patches[views.local_views] = np.prod(found["global_crop"])
+    assert patches[8] < patches[0]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from test_pretraining_dense_contrast import FEW, KINDS, method_of
 from tiny_dataset import plans_of
 
 from nnssl_ext.errors import NnsslError
@@ -31,3 +32,16 @@ def test_what_cannot_work_is_refused_by_name():
         HierarchicalDenseSettings(contrast=ContrastSettings(decoder=False))
     with pytest.raises(NnsslError, match="out of range"):
         ContrastSettings(levels=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_encoder_levels_that_would_not_be_trained_are_refused(kind):
+    """They would be exported as pretrained, and data-parallel training would wait for their gradients."""
+    few = replace(FEW, decoder=False, levels=2)
+    changes = {"restoration": 0.0} if kind == "hierarchical" else {}
+    with pytest.raises(NnsslError, match=r"--contrast\.levels 2: .* the encoder's 3") as refused:
+        method_of(kind, "ResEncTiny", contrast=few, **changes)
+    assert "--contrast.levels None" in refused.value.fix
+    for enough in (3, 5, None):
+        method_of(kind, "ResEncTiny", contrast=replace(few, levels=enough), **changes)
+    method_of(kind, "ResEncTiny", contrast=replace(few, decoder=True), **changes)

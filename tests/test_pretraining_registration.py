@@ -14,6 +14,7 @@ from nnssl_ext.plans import pretrain_plan
 from nnssl_ext.registration.features import load_features
 from nnssl_ext.registration.pairing import pair_crops
 from nnssl_ext.registration.warp import warp
+from nnssl_ext.trainers.pretraining import registration
 from nnssl_ext.trainers.pretraining.registration import RegistrationSettings, RegistrationTrainer
 from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.recipes import NO_INTENSITY
@@ -92,6 +93,24 @@ def test_without_that_layer_registration_reads_the_trained_map(settings):
     method = method_of("PrimusTiny", **settings)
     assert method.feature_level == ("encoder0" if "level" in settings else "decoder0")
     assert not any("seg_layers" in prefix for prefix in method.pretrained_prefixes)
+
+
+def test_autocast_leaves_the_known_deformation_and_its_image_exact(cases, monkeypatch):
+    """In bfloat16 voxels land up to one from where the target says."""
+    method = method_of()
+    views = views_of(cases, method.view_policy)
+    deformation = drawn_warp(views[0])
+    exact = warp(views[0].voxels, deformation)
+    seen = []
+    encode, pair = method.backbone.forward_features, registration.pair_crops
+    monkeypatch.setattr(method.backbone, "forward_features", lambda x: seen.append(x) or encode(x))
+    monkeypatch.setattr(registration, "pair_crops", lambda *a: seen.append(a[2]) or pair(*a))
+    with torch.autocast("cpu", torch.bfloat16):
+        method(views)
+        shown = method.pictures(views)
+    image, field = seen[:2]
+    assert torch.equal(image[: len(exact)], exact) and torch.equal(shown["fixed"], exact)
+    assert torch.equal(field, deformation)
 
 
 def test_a_single_case_teaches_without_others(cases):

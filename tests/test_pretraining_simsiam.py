@@ -3,11 +3,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_dataset import BACKBONES, plans_of
+from tiny_dataset import BACKBONES, job_of, plans_of, write_dataset
 from torch import nn
 from torch.nn import functional as F
 
-from nnssl_ext.engine.optim import parameter_groups
+from nnssl_ext.engine.optim import Schedule, parameter_groups
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.affines import view_to_case
 from nnssl_ext.networks.build import build_backbone
@@ -192,10 +192,21 @@ def test_defaults_are_the_thesis_numbers():
     assert (settings.iou, settings.projector_dim, settings.predictor_dim) == ((0.3, 0.6), 2048, 512)
     assert settings.epochs * settings.iterations == 185_000
     assert settings.pairs == 4  # 8 crops of 8 cubed in one of 16 cubed
-    optim = settings.optim
+    optim = settings.settled().optim
     assert (optim.optimizer, optim.betas[0], optim.schedule, optim.warmup) == ("sgd", 0.9, "cosine", 0)
     pairs_per_step = 128
     assert optim.lr * (pairs_per_step / settings.pairs) / optim.lr_batch == pytest.approx(0.025)
+
+
+def test_the_learning_rate_follows_the_pairs_that_flags_ask_for(nnunet_env):
+    """0.05 per 256 pairs, unless a flag says what the rate is for; of the full presets."""
+    plans = write_dataset(nnunet_env.preprocessed) / "nnsslPrimusTinyPlans.json"
+    plans.write_text(plans.read_text().replace('"preset": "PrimusTiny"', '"preset": "PrimusM"'))
+    for flags, cases in (((), 64), (("--pairs", "16"), 16), (("--pairs", "16", "--optim.lr_batch", "64"), 64)):
+        job = job_of(*flags, method="SimSiamTrainer")
+        assert job.settings.optim.lr_batch == cases
+        assert Schedule(job.settings.optim, 10, 2 * cases).peak == pytest.approx(0.1)
+        assert job.as_json()["settings"]["optim"]["lr_batch"] == cases  # what earlier runs recorded for such flags
 
 
 def test_what_cannot_work_is_refused_by_name():

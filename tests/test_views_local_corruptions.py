@@ -62,8 +62,18 @@ def test_all_blocks_or_none_are_shuffled():
     assert torch.equal(one(numbered(), shuffle=0.0, shuffle_seed=5.0), numbered())
     corners, _ = blocks_of(one(numbered(), shuffle=1.0, shuffle_seed=5.0)[0, 0])
     assert len(corners) >= 19 * 20 * 21
-    small = numbered((10, 10, 10))  # blocks of one voxel
-    assert torch.equal(one(small, shuffle=1.0, shuffle_seed=1.0), small)
+
+
+def test_small_views_are_shuffled_in_blocks_of_two_voxels():
+    small = numbered((20, 28, 20))  # the local crop of the Tiny presets
+    moved = one(small, shuffle=1.0, shuffle_seed=1.0)
+    assert torch.equal(moved.flatten().sort().values, small.flatten())
+    assert (moved != small).float().mean() > 0.5
+    away = torch.stack(torch.meshgrid(*map(torch.arange, small.shape[2:]), indexing="ij")).flatten(1)
+    assert (away[:, moved.flatten().long()] - away).abs().max() == 1  # no voxel leaves its block
+    flat = numbered((1, 30, 30))  # blocks of one plane where there is no second
+    moved = one(flat, shuffle=1.0, shuffle_seed=1.0)
+    assert torch.equal(moved.flatten().sort().values, flat.flatten()) and not torch.equal(moved, flat)
 
 
 def test_samples_are_shuffled_differently_and_channels_alike():
@@ -149,10 +159,20 @@ def test_a_window_is_the_papers_restated(images):
     low, high = draw["floor"] * std + mean, draw["ceiling"] * std + mean
     assert -1350 <= low <= -1000 and 300 <= high <= 1000
     assert not any("bezier" in name for name in draw)
-    hu = images[:1] * 300
+    hu = images[:1, :1] * 300
     expected = (hu.clamp(low, high) - low) / (high - low) * 2350 - 1350
     found = one((hu - mean) / std, **draw) * std + mean
     torch.testing.assert_close(found, expected, atol=0.1, rtol=1e-4)
+
+
+def test_a_window_leaves_other_channels_as_they_are(images):
+    """Their scale is another: here a lesion nine standard deviations bright in the second sequence only."""
+    images[:, 1, 10:20, 10:20, 10:20] += 9
+    draw = WindowIntensity(filter=0.0, noise=0.0, window=1.0).draw(CT, np.random.default_rng(0))
+    found = augment(images.clone(), [draw] * 3)
+    assert torch.equal(found[:, 1], images[:, 1])
+    assert torch.equal(found[:, :1], augment(images[:, :1].clone(), [draw] * 3))  # as if alone
+    assert not torch.equal(found[:, 0], images[:, 0])
 
 
 def test_without_a_random_window_only_the_ends_of_the_widest_are_cut(images):
@@ -165,11 +185,12 @@ def test_draws_have_the_papers_probabilities_and_strengths():
     for _ in range(2000):
         seen.append(filters.draw(CT, rng))
     share = {
-        name: np.mean([name in draw for draw in seen]) for name in ("axial_blur", "axial_sharpen", "noise", "shift")
+        name: np.mean([name in draw for draw in seen])
+        for name in ("axial_blur", "axial_sharpen", "noise", "window_shift")
     }
     assert share == {name: pytest.approx(p, abs=0.04) for name, p in zip(share, (0.5, 0.25, 0.5, 0.8), strict=True)}
     assert max(draw["noise"] for draw in seen if "noise" in draw) == pytest.approx(30 / 250, rel=0.02)
-    assert all("bezier" in draw for draw in (filters.draw(MR, rng) for _ in range(20)) if "shift" in draw)
+    assert all("bezier" in draw for draw in (filters.draw(MR, rng) for _ in range(20)) if "window_shift" in draw)
     local = [LocalIntensity().draw(MR, rng) for _ in range(2000)]
     assert np.mean(["shuffle" in draw for draw in local]) == pytest.approx(0.8, abs=0.03)
     assert np.mean(["bezier" in draw for draw in local]) == pytest.approx(0.9, abs=0.03)

@@ -10,7 +10,8 @@ from scipy.spatial.transform import Rotation
 from nnssl_ext.geometry.affines import bounding_box, is_integer
 from nnssl_ext.records import Case
 from nnssl_ext.views.masks import MaskSettings
-from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings
+from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings, draw_intensity
+from nnssl_ext.views.recipes import DINO_INTENSITY
 
 STILL = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
 
@@ -71,6 +72,17 @@ def test_frequencies_are_those_of_the_settings():
         assert np.mean([name in d.intensity for d in found]) == pytest.approx(expected, abs=0.03)
     gammas = np.array([d.intensity["gamma"] for d in found if "gamma" in d.intensity])
     assert (gammas < 1).mean() == pytest.approx(0.5, abs=0.06) and 0.7 <= gammas.min() < gammas.max() <= 1.5
+
+
+@pytest.mark.parametrize(("recipe", "share"), list(zip(DINO_INTENSITY, (1.0, 0.1, 0.5), strict=True)))
+def test_3dinos_views_are_either_smoothed_or_sharpened(recipe, share):
+    found = [draw_intensity(recipe, np.random.default_rng([3, n])) for n in range(2000)]
+    blurred, sharpened = (np.array([name in draw for draw in found]) for name in ("blur", "sharpen"))
+    assert not (blurred & sharpened).any()
+    assert (blurred | sharpened).mean() == pytest.approx(share, abs=0.025) and (
+        share < 1 or (blurred | sharpened).all()
+    )
+    assert blurred.mean() == pytest.approx(share / 2, abs=0.035)
 
 
 def test_angles_reach_their_limit_about_each_axis_and_not_beyond():

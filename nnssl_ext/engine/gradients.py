@@ -33,21 +33,25 @@ def compare_gradients(
     pulling = {name: part for name, part in parts.items() if part.requires_grad}
     if len(pulling) < 2:
         return {}
-    gradients = []
-    for part in pulling.values():
-        found = torch.autograd.grad(part, wanted, retain_graph=True, allow_unused=True)
-        gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found, strict=True)])
-    lengths = torch.stack([torch.stack(torch._foreach_norm(row)) for row in gradients])
+    terms = [torch.autograd.grad(part, wanted, retain_graph=True, allow_unused=True) for part in pulling.values()]
+    by_parameter = list(zip(*terms, strict=True))
+    none = wanted[0].new_zeros(())
+    lengths = torch.stack([torch.stack([none if g is None else g.norm() for g in row]) for row in by_parameter])
     # compiled graphs give zeros where nothing is reached; all processes must compare the same parameters
-    reached = (cast(Tensor, fabric.all_reduce(lengths, reduce_op="sum")) > 0).all(dim=0).tolist()
+    reached = (cast(Tensor, fabric.all_reduce(lengths, reduce_op="sum")) > 0).all(dim=1).tolist()
     if not any(reached):
         return {}
-    vectors = [torch.cat([g.flatten() for g, shared in zip(row, reached, strict=True) if shared]) for row in gradients]
-    pulls = torch.stack([cast(Tensor, fabric.all_reduce(vector, reduce_op="mean")) for vector in vectors])
-    norms = torch.linalg.vector_norm(pulls, dim=1)
+    # Products of all terms, parameter by parameter: the gradients of a large network are held once, not copied.
+    products = lengths.new_zeros(len(terms), len(terms))
+    for row, parameter, shared in zip(by_parameter, wanted, reached, strict=True):
+        if shared:
+            pulls = torch.stack([(torch.zeros_like(parameter) if g is None else g).flatten() for g in row])
+            pulls = cast(Tensor, fabric.all_reduce(pulls, reduce_op="mean"))
+            products += torch.stack([pulls @ pull for pull in pulls])
+    norms = products.diagonal().sqrt()
     shares = (norms / norms.sum()).tolist()
-    directions = nn.functional.normalize(pulls, dim=1)
-    cosines = (directions @ directions.T).tolist()
+    units = norms.clamp(min=1e-12)
+    cosines = (products / units[:, None] / units).tolist()
     names = list(pulling)
     return {
         **{f"grad_share_{name}": share for name, share in zip(names, shares, strict=True)},

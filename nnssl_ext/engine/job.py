@@ -40,7 +40,8 @@ class Job:
 
     Attributes:
         method: name of the method class.
-        settings: the method's settings.
+        settings: the method's settings; a type of them that leaves some to others settles these by its ``settled()``, here and not
+            before, because flags change the others.
         run: how it is carried out.
         dataset: ``DatasetXXX_Name``.
         plans: the plans as read.
@@ -59,6 +60,8 @@ class Job:
     output: Path
 
     def __post_init__(self) -> None:
+        if hasattr(self.settings, "settled"):
+            object.__setattr__(self, "settings", self.settings.settled())
         for name in ("epochs", "iterations"):
             if getattr(self.settings, name) < 1:
                 raise NnsslError(f"--{name} {getattr(self.settings, name)}", "give at least 1")
@@ -75,7 +78,7 @@ class Job:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """The settings file of the run."""
+        """The settings file of the run, without what only launching tells, see `prepare`."""
         return {
             "method": self.method,
             "dataset": self.dataset,
@@ -116,11 +119,14 @@ def run_folder(dataset: str, method: str, plan: PretrainPlan, name: str | None =
     return folder("nnssl_results") / dataset / f"{method}__{plan.plans_name}__{plan.configuration}{suffix}"
 
 
-def prepare(job: Job, resume: bool) -> bool:
+def prepare(job: Job, resume: bool, world_size: int) -> bool:
     """Make the run's folder ready; write plans and settings.
 
     Args:
+        job: what to do.
         resume: continue an earlier run of the same settings if there is one.
+        world_size: processes on all nodes. They decide which cases a step sees and its learning rate, and torchrun and SLURM
+            start another number than ``job.run.processes``.
 
     Returns:
         Whether a checkpoint to continue from exists.
@@ -128,15 +134,17 @@ def prepare(job: Job, resume: bool) -> bool:
     Raises:
         NnsslError: the folder holds a run and ``resume`` is off; or the settings differ from the run's, naming each.
     """
+    settings = {**job.as_json(), "world_size": world_size}
     latest = job.output / LATEST
     if latest.exists() and not resume:
         raise NnsslError(f"{job.output} already holds a run", "add --c to continue it, or --name for another run")
     if latest.exists():
-        _refuse_changes(read_json(job.output / "settings.json"), job)
+        before = read_json(job.output / "settings.json")
+        _refuse_changes({"world_size": world_size, **before}, settings, job.output)  # settings files of old lack it
     elif job.output.exists():
         for stale in ("training_log.csv", "progress.png", "diagnosis.txt", "report.html"):
             (job.output / stale).unlink(missing_ok=True)
-    write_json(job.output / "settings.json", job.as_json())
+    write_json(job.output / "settings.json", settings)
     write_json(job.output / "plans.json", job.plans)
     dataset_json = preprocessed_folder(job.dataset) / "dataset.json"
     if dataset_json.exists():
@@ -144,9 +152,8 @@ def prepare(job: Job, resume: bool) -> bool:
     return latest.exists()
 
 
-def _refuse_changes(before: dict[str, Any], job: Job) -> None:
-    now = _flat(job.as_json())
-    old = _flat(before)
+def _refuse_changes(before: dict[str, Any], after: dict[str, Any], output: Path) -> None:
+    old, now = _flat(before), _flat(after)
     changed = [
         f"{key}: was {old.get(key)}, now {now.get(key)}"
         for key in sorted(now.keys() | old.keys())
@@ -154,7 +161,7 @@ def _refuse_changes(before: dict[str, Any], job: Job) -> None:
     ]
     if changed:
         raise NnsslError(
-            f"cannot continue {job.output}: its settings differ ({'; '.join(changed)})",
+            f"cannot continue {output}: its settings differ ({'; '.join(changed)})",
             "repeat the original settings, or start another run with --name",
         )
 

@@ -76,7 +76,7 @@ def pretrain(job: Job, resume: bool = False) -> bool:
         NnsslError: settings that differ from those of the run to be continued, or non-finite steps past the budget.
     """
     fabric = launch(job.run)
-    found = bool(fabric.broadcast(prepare(job, resume) if fabric.is_global_zero else False))
+    found = bool(fabric.broadcast(prepare(job, resume, fabric.world_size) if fabric.is_global_zero else False))
     beginning = Beginning(build_method(job)) if found else begin(job)
     parts = assemble(fabric, job, beginning.method)
     state = TrainState(origin=beginning.origin, weight_norm=_norm(parts.method))

@@ -35,8 +35,19 @@ class Schedule:
 
     @property
     def peak(self) -> float:
-        """The largest learning rate: ``lr`` scaled from ``lr_batch`` to this batch."""
-        exponent = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}[self.optim.lr_scaling]
+        """The largest learning rate: ``lr`` scaled from ``lr_batch`` to this batch.
+
+        Raises:
+            NnsslError: scaling without a batch to scale from.
+        """
+        if self.optim.lr_scaling == "none":
+            return self.optim.lr
+        if not self.optim.lr_batch:
+            raise NnsslError(
+                f"--optim.lr_batch {self.optim.lr_batch} with --optim.lr_scaling {self.optim.lr_scaling}",
+                "give the cases per optimiser step that --optim.lr is meant for",
+            )
+        exponent = {"sqrt": 0.5, "linear": 1.0}[self.optim.lr_scaling]
         return self.optim.lr * float((self.batch / self.optim.lr_batch) ** exponent)
 
     def learning_rate(self, step: int) -> float:

@@ -17,7 +17,8 @@ class OptimSettings:
         lr: peak learning rate.
         lr_scaling: how the peak follows the batch: ``none``, or ``lr`` times the square root (DINOv2) or the first power
             (SimSiam) of cases per optimiser step / ``lr_batch``.
-        lr_batch: cases per optimiser step, over all processes, that ``lr`` is meant for.
+        lr_batch: cases per optimiser step, over all processes, that ``lr`` is meant for; None where the method's other settings
+            decide it.
         weight_decay: on matrices and kernels only; biases, norms and other vectors are not decayed.
         weight_decay_end: weight decay at the end of the run, reached by a cosine; None = constant.
         betas: AdamW's; ``betas[0]`` is SGD's momentum.
@@ -32,7 +33,7 @@ class OptimSettings:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 3e-4
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
-    lr_batch: int = 1024
+    lr_batch: int | None = 1024
     weight_decay: float = 5e-2
     weight_decay_end: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)

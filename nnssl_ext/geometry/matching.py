@@ -48,8 +48,8 @@ def matched_coordinates(view: View, other: View) -> Float[Tensor, "B Z Y X 3"]:
 def matched_voxels(view: View, other: View) -> tuple[Float[Tensor, "B Z Y X 3"], Bool[Tensor, "B Z Y X"]]:
     """`matched_coordinates`, and True where that place lies in `other` and the point in the case."""
     places = matched_coordinates(view, other)
-    size = torch.tensor(other.voxels.shape[2:], device=view.affine.device).expand(len(view.cases), 3)
-    return places, _within(places, size) & inside_case(view)[:, 0]
+    size = torch.tensor(other.voxels.shape[2:]).to(view.affine.device, non_blocking=True)
+    return places, _within(places, size.expand(len(view.cases), 3)) & inside_case(view)[:, 0]
 
 
 def covisible(view: View, other: View) -> Bool[Tensor, "B 1 Z Y X"]:
@@ -69,14 +69,15 @@ def matched_cells(view: View, other: View, stride: Size) -> tuple[Float[Tensor, 
     """
     if view.cases != other.cases:
         raise ValueError(f"views of different cases have no common voxels: {view.cases} and {other.cases}")
-    cell = torch.diag(torch.tensor([*stride, 1], dtype=torch.float64, device=view.affine.device))
+    cell = torch.diag(torch.tensor([*stride, 1], dtype=torch.float64))
     cell[:3, 3] = (cell.diagonal()[:3] - 1) / 2
+    cell = cell.to(view.affine.device, non_blocking=True)
     in_case = view.affine.double() @ cell
     between, _ = torch.linalg.solve_ex(other.affine.double() @ cell, in_case)  # does not wait for the device
     z, y, x = (length // step for length, step in zip(_size(view), stride, strict=True))
     places = coordinates(between.to(view.affine.dtype), (z, y, x))
     cells = [length // step for length, step in zip(_size(other), stride, strict=True)]
-    shape = torch.tensor(cells, device=view.affine.device).expand(len(view.cases), 3)
+    shape = torch.tensor(cells).to(view.affine.device, non_blocking=True).expand(len(view.cases), 3)
     centres = coordinates(in_case.to(view.affine.dtype), (z, y, x))
     return places, _within(places, shape) & _within(centres, view.case_shape)
 

@@ -63,7 +63,8 @@ def sample_pairs(
     size, other = first.voxels.shape[2:], second.voxels.shape[2:]
     here = torch.cartesian_prod(*(torch.arange(length, device=places.device) for length in size))
     there = nearest_voxel(places).flatten(1, 3).clamp_(min=0)
-    there = torch.minimum(there, torch.tensor(other, device=places.device) - 1)
+    last = torch.tensor(other) - 1
+    there = torch.minimum(there, last.to(places.device, non_blocking=True))
     keys = _random_keys(len(places), len(here), seeds, places.device)
     keys = torch.where((seen & eligible).flatten(1), keys, -1)
     if cell != (1, 1, 1):

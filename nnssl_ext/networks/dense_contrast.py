@@ -32,7 +32,7 @@ class ContrastSettings:
         out_dim: of the embeddings.
         decoder: vectors come from the decoder's maps and the coarsest of the encoder; off: from the encoder's maps alone, which
             then are all that is trained. Of tokens without finer levels at most one voxel each is taken.
-        levels: how many of them, finest first; None = all.
+        levels: how many of them, finest first; None = all, as it must be without the decoder.
     """
 
     voxels: int = 1024
@@ -75,6 +75,9 @@ class DenseContrast(nn.Module):
         settings: how voxels are compared.
         width: channels of each level after `Balance`; None leaves levels as they are.
         train_balance: whether those projections are trained.
+
+    Raises:
+        NnsslError: no decoder, and levels of the encoder that would get no gradient.
     """
 
     def __init__(
@@ -83,7 +86,14 @@ class DenseContrast(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.contrast_settings = settings
-        channels = pyramid_channels(backbone, settings.decoder)[: settings.levels]
+        every = pyramid_channels(backbone, settings.decoder)
+        channels = every[: settings.levels]
+        if not settings.decoder and len(channels) < len(every):
+            raise NnsslError(
+                f"--contrast.levels {settings.levels}: without the decoder, levels beyond it of the encoder's {len(every)} would "
+                "not be trained",
+                "set --contrast.levels None, or leave the decoder on",
+            )
         self.balance = None if width is None else Balance(channels, width, train_balance)
         self.projector = Projector(sum(channels) if width is None else width * len(channels), settings.out_dim)
         self.pretrained_prefixes = backbone.encoder_prefixes + (backbone.decoder_prefixes if settings.decoder else ())

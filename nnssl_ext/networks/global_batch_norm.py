@@ -7,7 +7,6 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
-from torch.nn import functional as F
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -29,7 +28,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         variance = ((values - mean).square() * weight).sum(dim=0) / count.clamp(min=1)
         if processes > 1:
             # One sum that leaves each process's moments in a row of their own: sums of squares would lose digits.
-            row = F.one_hot(torch.tensor(dist.get_rank(), device=x.device), processes).to(values.dtype)
+            row = (torch.arange(processes, device=x.device) == dist.get_rank()).to(values.dtype)
             moments = torch.stack((count.expand_as(mean), mean, variance))
             counts, means, variances = all_reduce(moments[:, None] * row[:, None])
             count = counts[:, 0].sum()

@@ -37,7 +37,8 @@ def sinkhorn_knopp(
         scaled = logits.float() / temperature
         peaks = scaled.amax(dim=1)  # taken out of the exponentials, so that none overflows and no row vanishes
         kernel = torch.exp(scaled - peaks[:, None])
-        per_sample = torch.exp(peaks - max_over_processes(peaks.amax() if len(peaks) else peaks.new_tensor(-torch.inf)))
+        highest = peaks.amax() if len(peaks) else peaks.new_full((), -torch.inf)
+        per_sample = torch.exp(peaks - max_over_processes(highest))
         per_prototype = kernel.new_ones(kernel.shape[1])
         for _ in range(iterations):
             per_prototype = 1 / sum_over_processes(per_sample @ kernel).clamp(min=UNUSED)
@@ -78,7 +79,7 @@ class TeacherTargets(nn.Module):
         if self.centring == "sinkhorn":
             return sinkhorn_knopp(logits, temperature).unflatten(0, leading)
         if self.centring == "centre":
-            seen = torch.cat([logits.sum(dim=0), logits.new_tensor([len(logits)])])
+            seen = torch.cat([logits.sum(dim=0), logits.new_full((1,), len(logits))])
             # Summed over processes at once: DDP copies the first process's buffers to the others before every pass.
             self.seen += sum_over_processes(seen)
         return ((logits - self.centre) / temperature).softmax(dim=-1).unflatten(0, leading)

@@ -49,7 +49,7 @@ def dense_simsiam_loss(
 @torch.no_grad()
 def look_up(features: Map, places: Float[Tensor, "B Z Y X 3"]) -> Float[Tensor, "B Z Y X D"]:
     """Linear interpolation of a map at places ``(z, y, x)`` in cells; a target, so without gradient."""
-    lengths = torch.tensor(features.shape[2:], dtype=places.dtype, device=places.device)
+    lengths = torch.tensor(features.shape[2:], dtype=places.dtype).to(places.device, non_blocking=True)
     grid = ((2 * places + 1) / lengths - 1).flip(-1)  # grid_sample: x first, -1 and 1 at the outer faces
     found = F.grid_sample(features.float(), grid, padding_mode="border", align_corners=False)
     return found.movedim(1, -1)

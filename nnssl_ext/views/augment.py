@@ -43,7 +43,8 @@ def augment(voxels: Voxels, draws: Sequence[Mapping[str, float]]) -> Voxels:
         if len(rows) == len(draws):
             voxels = apply(voxels, strength, seeds)
         else:
-            voxels[rows] = apply(voxels[rows], strength, seeds)
+            index = torch.tensor(rows).to(voxels.device, non_blocking=True)  # a list as index would wait for the device
+            voxels.index_copy_(0, index, apply(voxels.index_select(0, index), strength, seeds))
     return voxels
 
 
@@ -79,13 +80,27 @@ def axial_sharpen(voxels: Voxels, amount: Strength, seeds: Seeds) -> Voxels:
 
 
 def floor(voxels: Voxels, lowest: Strength, seeds: Seeds) -> Voxels:
-    """Raise what is darker to this intensity."""
-    return torch.maximum(voxels, wide(lowest, voxels))
+    """Raise what is darker to this intensity, in the first channel: a window means nothing on another channel's scale."""
+    voxels[:, :1] = torch.maximum(voxels[:, :1], wide(lowest, voxels))
+    return voxels
 
 
 def ceiling(voxels: Voxels, highest: Strength, seeds: Seeds) -> Voxels:
-    """Lower what is brighter to this intensity."""
-    return torch.minimum(voxels, wide(highest, voxels))
+    """Lower what is brighter to this intensity, in the first channel."""
+    voxels[:, :1] = torch.minimum(voxels[:, :1], wide(highest, voxels))
+    return voxels
+
+
+def window_gain(voxels: Voxels, factor: Strength, seeds: Seeds) -> Voxels:
+    """Multiply the first channel."""
+    voxels[:, :1].mul_(wide(factor, voxels))
+    return voxels
+
+
+def window_shift(voxels: Voxels, offset: Strength, seeds: Seeds) -> Voxels:
+    """Add a constant to the first channel."""
+    voxels[:, :1].add_(wide(offset, voxels))
+    return voxels
 
 
 def brightness(voxels: Voxels, factor: Strength, seeds: Seeds) -> Voxels:
@@ -146,6 +161,8 @@ AUGMENTATIONS: dict[str, Callable[[Voxels, Strength, Seeds], Voxels]] = {
     "sharpen": sharpen,
     "floor": floor,
     "ceiling": ceiling,
+    "window_gain": window_gain,
+    "window_shift": window_shift,
     "brightness": brightness,
     "shift": shift,
     "contrast": contrast,

@@ -33,7 +33,7 @@ def cut_views(batch: RegionBatch, device: torch.device) -> tuple[View, ...]:
     regions = batch.voxels.to(device, non_blocking=True)
     labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)[:, None].float()
     lower = batch.lower.numpy()
-    case_shape, spacing = batch.case_shape.to(device), batch.spacing.to(device)
+    case_shape, spacing = (each.to(device, non_blocking=True) for each in (batch.case_shape, batch.spacing))
     by_view = list(zip(*batch.draws, strict=True))  # per view, one draw per sample
     views: dict[int, View] = {}
     for size in dict.fromkeys(draws[0].size for draws in by_view):
@@ -88,12 +88,13 @@ def resample(
         for matrix, view in zip(affines[:, row], views[:, row], strict=True):
             _copy_crop(regions[row], np.rint(matrix).astype(int), view)
     if others:
-        sources = regions if len(others) == len(regions) else regions[others]
+        index = torch.tensor(others).to(regions.device, non_blocking=True)  # a list as index would wait for the device
+        sources = regions if len(others) == len(regions) else regions.index_select(0, index)
         for first, grid in _sampling_grids(affines[:, others], size, sources):
             # One sample's views one behind the other, as planes of one grid: its region then needs no copies.
             slab = F.grid_sample(sources, grid.flatten(1, 2), mode=mode, align_corners=False)
             slab = slab.unflatten(2, grid.shape[1:3]).movedim(2, 0)
-            views[:, others, :, first : first + grid.shape[2]] = slab
+            views[:, :, :, first : first + grid.shape[2]].index_copy_(1, index, slab)
     return views
 
 

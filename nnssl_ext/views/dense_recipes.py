@@ -19,7 +19,8 @@ SHUFFLED = 5000 * (6 * 6 * 1) / (128 * 128 * 32)
 class WindowIntensity:
     """vox2vec's (released code), for each crop. On other scans than CT the window lies between the case's percentiles instead of
     between -1350 and 1000 HU, noise and windows are the same shares of it, and a Bezier curve stands in for the different
-    meaning of a window there (our choice).
+    meaning of a window there (our choice). The window is on the scale of the first channel and leaves other channels as they are;
+    filter, noise and curve are for all channels.
 
     Attributes:
         filter: probability of a filter inside slices along z: one half blurs, the other sharpens.
@@ -58,7 +59,7 @@ class WindowIntensity:
         drawn["floor"], drawn["ceiling"] = (scale.black + (end - LOWEST) * unit for end in (low, high))
         if windowed:
             stretch = (HIGHEST - LOWEST) / (high - low)
-            drawn |= {"brightness": stretch, "shift": scale.black - stretch * drawn["floor"]}
+            drawn |= {"window_gain": stretch, "window_shift": scale.black - stretch * drawn["floor"]}
             if not scale.hounsfield:
                 drawn |= {"bezier": 1.0, "bezier_seed": float(rng.integers(2**31))}
         return drawn

@@ -13,7 +13,9 @@ from nnssl_ext.views.corruptions import boxes_mask, tone_curve
 from nnssl_ext.views.filters import SPATIAL, Seeds, Strength, Voxels
 
 BLOCKS = 20
-"""Edges of shuffled blocks are the view's over this, at least 1 voxel."""
+"""Edges of shuffled blocks are the view's over this, but at least `SHORTEST`."""
+SHORTEST = 2
+"""Voxels, where a view has as many (ours): in views of under 40 voxels the paper's blocks have one, which has no other place."""
 KNOTS = 1024
 """Values of a Bezier curve between which it is interpolated."""
 CUBOIDS, CUBOID_EDGES, MARGIN = 30, (10, 5), 3
@@ -27,7 +29,7 @@ def shuffle(voxels: Voxels, share: Strength, seeds: Seeds) -> Voxels:
     origin, so that each keeps its values and all of them are moved by one gather.
     """
     size = voxels.shape[2:]
-    edges = [max(1, length // BLOCKS) for length in size]
+    edges = [max(min(SHORTEST, length), length // BLOCKS) for length in size]
     drawn = [_draw_shuffle(size, edges, wanted, seed) for wanted, seed in zip(share.tolist(), seeds, strict=True)]
     origins, chosen, moves = (
         torch.stack(part).to(voxels.device, non_blocking=True) for part in zip(*drawn, strict=True)

@@ -64,6 +64,7 @@ class IntensitySettings:
         histogram_shift, histogram_shift_extent: random monotone tone curve.
         bias_field, bias_field_extent: smooth multiplicative field. 0.5: TorchIO.
         sharpen, sharpen_amount: unsharp masking.
+        filter: probability of either blur or sharpening, each as often; None: of both, each by its own probability.
         shift, shift_range: addition, in units of the normalised intensity.
         gibbs, gibbs_extent: ringing; 0.42 keeps exactly the frequencies below Nyquist's in every direction.
         cutout, cutout_share: boxes replaced by the mean. At most 0.3: Swin UNETR's pretraining.
@@ -90,6 +91,7 @@ class IntensitySettings:
     bias_field_extent: Range = (0.0, 0.5)
     sharpen: float = 0.0
     sharpen_amount: Range = (0.5, 2.0)
+    filter: float | None = None
     shift: float = 0.0
     shift_range: Range = (-0.5, 0.5)
     gibbs: float = 0.0
@@ -226,9 +228,13 @@ def draw_intensity(settings: IntensitySettings, rng: np.random.Generator) -> dic
         "gibbs": settings.gibbs_extent,
         "cutout": settings.cutout_share,
     }
+    chances: dict[str, float] = {name: getattr(settings, name) for name in ranges}
+    if settings.filter is not None:
+        filtered, blurred = rng.random() < settings.filter, rng.random() < 0.5
+        chances |= {"blur": float(filtered and blurred), "sharpen": float(filtered and not blurred)}
     drawn: dict[str, float] = {}
     for name, (low, high) in ranges.items():
-        if not (probability := getattr(settings, name)) or rng.random() >= probability:
+        if not chances[name] or rng.random() >= chances[name]:
             continue
         if name in FACTORS and low < 1.0 < high:  # below and above 1 equally often
             low, high = (low, 1.0) if rng.random() < 0.5 else (1.0, high)

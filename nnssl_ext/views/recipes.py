@@ -48,15 +48,12 @@ _DINO = replace(
     noise=0.27,
     noise_std=(0.001 * UNITS, 0.001 * UNITS),
     histogram_shift=0.27,
+    blur_sigma=(0.5, 1.0),
 )
 
-DINO_INTENSITY = (
-    replace(_DINO, blur=0.5, blur_sigma=(0.5, 1.0), sharpen=0.5),
-    replace(_DINO, blur=0.05, blur_sigma=(0.5, 1.0), sharpen=0.05, gibbs=0.2),
-    replace(_DINO, blur=0.25, blur_sigma=(0.5, 1.0), sharpen=0.25),
-)
+DINO_INTENSITY = (replace(_DINO, filter=1.0), replace(_DINO, filter=0.1, gibbs=0.2), replace(_DINO, filter=0.5))
 """3DINO's for the first global, the second global and the local views: one of gamma, noise and histogram shift with p 0.8
-(here each with p 0.27), smoothing or sharpening with p 1, 0.1 and 0.5, ringing with p 0.2 on the second. Its noise of 0.002
+(here each with p 0.27), either smoothing or sharpening with p 1, 0.1 and 0.5, ringing with p 0.2 on the second. Its noise of 0.002
 is on images in [-1, 1]."""
 
 DINO_MILD_INTENSITY = tuple(replace(recipe, gamma=0.0, histogram_shift=0.0, gibbs=0.0) for recipe in DINO_INTENSITY)

@@ -90,7 +90,7 @@ def _voxels(view: View) -> Float[Tensor, "1 3 Z Y X"]:
 
 
 def _within(places: Float[Tensor, "B 3 Z Y X"], shape: Size | Tensor) -> Bool[Tensor, "B Z Y X"]:
-    last = torch.as_tensor(shape, device=places.device).expand(len(places), 3).view(-1, 3, 1, 1, 1) - 1
+    last = torch.as_tensor(shape).to(places.device, non_blocking=True).expand(len(places), 3).view(-1, 3, 1, 1, 1) - 1
     return ((places >= -0.5) & (places <= last + 0.5)).all(dim=1)
 
 

@@ -184,7 +184,7 @@ class DisruptiveAETrainer(nn.Module):
 
     def _contrast(self, features: Features, view: View) -> Float[Tensor, ""]:
         """Over the samples of all processes."""
-        modality = torch.tensor(_facts(view, "modality"), device=view.voxels.device)
+        modality = torch.tensor(_facts(view, "modality")).to(view.voxels.device, non_blocking=True)
         vectors, labels = gather_over_processes(features.summary.float()), gather_over_processes(modality)
         return supervised_contrast(vectors, labels, self.settings.temperature)
 

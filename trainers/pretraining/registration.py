@@ -161,8 +161,8 @@ class RegistrationTrainer(nn.Module):
     def forward(self, views: tuple[View, ...]) -> Step:
         """Losses of all pairs of the batch."""
         fixed, moving = views
-        deformation = drawn_warp(fixed)
-        features = self.backbone.forward_features(torch.cat((warp(fixed.voxels, deformation), moving.voxels)))
+        deformation, deformed = _deform(fixed)
+        features = self.backbone.forward_features(torch.cat((deformed, moving.voxels)))
         maps, stride = self._level(features)
         with torch.autocast(maps.device.type, enabled=False):
             first, second = maps.float().chunk(2)
@@ -188,7 +188,7 @@ class RegistrationTrainer(nn.Module):
         """The first case's deformed view and the view that it should be found in, their features as colours, and the moving view
         brought back by what registering the features says."""
         fixed, moving = views
-        image = warp(fixed.voxels, drawn_warp(fixed))
+        _, image = _deform(fixed)
         maps, stride = self._level(self.backbone.forward_features(torch.cat((image, moving.voxels))))
         first, second = maps.float().chunk(2)
         z, y, x = image.shape[2:]
@@ -266,6 +266,16 @@ class RegistrationTrainer(nn.Module):
         loss = torch.stack(list(parts.values())).sum()
         watch = {"features": features.summary.detach(), "tokens": watched_places(features.levels[-1])}
         return Step(loss, means, watch, parts)
+
+
+def _deform(view: View) -> tuple[Float[Tensor, "B 3 Z Y X"], Float[Tensor, "B C Z Y X"]]:
+    """The deformation that was drawn for a view, in voxels, and the view as it deforms it.
+
+    Without autocast: bfloat16 places voxels up to one apart, and the field is known only if the image follows it.
+    """
+    with torch.autocast(view.voxels.device.type, enabled=False):
+        deformation = drawn_warp(view)
+        return deformation, warp(view.voxels, deformation)
 
 
 def _mean(values: Sequence[Float[Tensor, ""]], otherwise: Float[Tensor, ""]) -> Float[Tensor, ""]:

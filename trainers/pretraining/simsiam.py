@@ -12,7 +12,7 @@ DenseCL, arXiv:2011.09157, Eq. 4; the places follow from the views' affines), th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,6 +32,22 @@ from nnssl_ext.views.iou_pairs import IoUPairs
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
 from nnssl_ext.views.recipes import SIMSIAM_INTENSITY, SIMSIAM_SPATIAL
 
+PAIRS_PER_STEP = 256
+"""Pairs per optimiser step that the learning rate of 0.05 is for (SimSiam, Sec. 3)."""
+
+SGD = OptimSettings(
+    optimizer="sgd",
+    lr=0.05,
+    lr_scaling="linear",
+    lr_batch=None,
+    weight_decay=1e-5,
+    betas=(0.9, 0.0),
+    schedule="cosine",
+    warmup=0.0,
+    clip=1000.0,
+)
+"""LR 0.025 at the thesis' 128 pairs, cosine without warm-up; gradients of cosines need no clipping."""
+
 
 @dataclass(frozen=True)
 class SimSiamSettings:
@@ -47,7 +63,7 @@ class SimSiamSettings:
         predictor: off removes the predictor, which collapses (SimSiam, Table 1); for comparison only.
         dense: weight of the dense loss, 1 - dense that of the pooled one; 0.5 in DenseCL.
         spatial, intensity: augmentations of each crop.
-        optim: SGD; predictor at the constant peak rate.
+        optim: SGD; predictor at the constant peak rate. ``lr_batch`` None: the cases that make `PAIRS_PER_STEP`.
     """
 
     epochs: int = 740
@@ -62,7 +78,7 @@ class SimSiamSettings:
     dense: float = 0.0
     spatial: SpatialSettings = SIMSIAM_SPATIAL
     intensity: IntensitySettings = SIMSIAM_INTENSITY
-    optim: OptimSettings = field(default_factory=lambda: _sgd(pairs=4))
+    optim: OptimSettings = SGD
 
     def __post_init__(self) -> None:
         if not 0 <= self.dense < 1:
@@ -85,22 +101,13 @@ class SimSiamSettings:
                 predictor_dim=128,
                 optim=OptimSettings(lr=1e-3, weight_decay=1e-5, schedule="cosine", betas=(0.9, 0.95), clip=1.0),
             )
-        return cls(pairs=pairs, optim=_sgd(pairs))
+        return cls(pairs=pairs)
 
-
-def _sgd(pairs: int) -> OptimSettings:
-    """LR 0.05 per 256 pairs (0.025 at the thesis' 128), cosine without warm-up; gradients of cosines need no clipping."""
-    return OptimSettings(
-        optimizer="sgd",
-        lr=0.05,
-        lr_scaling="linear",
-        lr_batch=max(1, 256 // pairs),
-        weight_decay=1e-5,
-        betas=(0.9, 0.0),
-        schedule="cosine",
-        warmup=0.0,
-        clip=1000.0,
-    )
+    def settled(self) -> SimSiamSettings:
+        """With ``lr_batch`` in whole cases, where it is open."""
+        if self.optim.lr_batch is not None:
+            return self
+        return replace(self, optim=replace(self.optim, lr_batch=max(1, PAIRS_PER_STEP // self.pairs)))
 
 
 class SimSiamTrainer(nn.Module):
@@ -158,7 +165,7 @@ class SimSiamTrainer(nn.Module):
             loss = parts["simsiam"] + parts["dense"]
         for name in ("iou", "iou_fallback"):
             drawn = [sample[name] for view in firsts for sample in view.applied]
-            terms[name] = torch.tensor(sum(drawn) / len(drawn), device=loss.device)
+            terms[name] = torch.full((), sum(drawn) / len(drawn), device=loss.device)
         return Step(loss, terms, self._watch(features, torch.cat((z1, z2)), torch.cat((p1, p2))), parts)
 
     def before_step(self, progress: Progress) -> None:
