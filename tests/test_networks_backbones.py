@@ -200,9 +200,7 @@ def test_unknown_networks_are_named() -> None:
         build_backbone(plans, "3d_fullres", 1)
 
 
-def test_nothing_that_foreign_plans_name_is_imported_or_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_that_foreign_plans_name_is_imported_or_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "foreign_module.py").write_text(
         f"open({str(tmp_path / 'imported')!r}, 'w')\ndef layer(*given, **named): open({str(tmp_path / 'called')!r}, 'w')\n"
     )
@@ -211,7 +209,12 @@ def test_nothing_that_foreign_plans_name_is_imported_or_called(
         build_network(plans_of("foreign_module.layer", {}), "3d_fullres", 1, 2)
     with pytest.raises(NnsslError, match=r"torch\.hub\.load"):
         build_network(plans_of("torch.hub.load", {"repo_or_dir": str(tmp_path)}), "3d_fullres", 1, 2)
-    for part in ("foreign_module.layer", "os.system", "torch.nn.modules.module.functools.partial", "torch.nn.Parameter"):
+    for part in (
+        "foreign_module.layer",
+        "os.system",
+        "torch.nn.modules.module.functools.partial",
+        "torch.nn.Parameter",
+    ):
         plans = unet_plans()
         plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["norm_op"] = part
         with pytest.raises(NnsslError, match=f"{part} as norm_op"):
