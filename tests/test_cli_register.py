@@ -135,6 +135,13 @@ def test_bad_lists_are_named(tmp_path, content, words):
         read_pairs(tmp_path / "pairs.csv")
 
 
+@pytest.mark.parametrize("flag", ["-f", "--moving-mask", "--fixed-labels"])
+def test_what_a_list_would_hide_is_refused(monkeypatch, capsys, flag):
+    with pytest.raises(SystemExit) as end:
+        call(monkeypatch, "--pairs", "pairs.csv", "-c", "mind", "-o", "out", flag, "a.nii.gz")
+    assert end.value.code == 2 and "columns of the CSV" in capsys.readouterr().err
+
+
 def test_transforms_of_a_list_lie_beside_it(tmp_path, monkeypatch):
     scan(tmp_path / "lists" / "a.nii.gz"), scan(tmp_path / "lists" / "b.nii.gz", 1)
     sitk.WriteTransform(sitk.TranslationTransform(3, (1.0, 0.0, 0.0)), str(tmp_path / "lists" / "shift.tfm"))

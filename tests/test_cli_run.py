@@ -36,6 +36,32 @@ def test_interrupt():
     assert ending(fail_with(KeyboardInterrupt())) == 130
 
 
+PRINT = "from nnssl_ext.cli._run import run; run(lambda: print('line\\n' * 100_000))"
+OTHER_PIPE = """
+import os
+from nnssl_ext.cli._run import run
+def main():
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.write(writing, b"lost")
+run(main)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shells without head")
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    writer = subprocess.Popen([sys.executable, "-c", PRINT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "line\n"
+    writer.stdout.close()
+    assert writer.stderr.read() == "" and writer.wait() == 141
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no way to tell the two apart")
+def test_another_pipe_that_breaks_is_a_defect():
+    found = subprocess.run([sys.executable, "-c", OTHER_PIPE], capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "BrokenPipeError" in found.stderr
+
+
 def test_debug_keeps_the_traceback(monkeypatch):
     monkeypatch.setenv("NNSSL_EXT_DEBUG", "1")
     with pytest.raises(NnsslError):

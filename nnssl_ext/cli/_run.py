@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -10,7 +11,7 @@ from typing import NoReturn
 from nnssl_ext.errors import NnsslError
 
 USER_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+INTERRUPTED, PIPE_CLOSED = 130, 141  # 128 + SIGINT and + SIGPIPE, as shells count
 
 # What torch's CUDA, MPS and CPU allocators say; the CUDA one raises a subclass of RuntimeError.
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -19,11 +20,18 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and leave the process with its exit code (None is 0).
 
-    A `NnsslError` is printed to stderr and ends with code 2, running out of memory likewise; Ctrl-C ends with 130. Any
-    other exception is a defect of ours and keeps its traceback, as everything does under ``NNSSL_EXT_DEBUG=1``.
+    A `NnsslError` is printed to stderr and ends with code 2, running out of memory likewise; Ctrl-C ends with 130, output that
+    nobody reads any more (``| head``) with 141. Any other exception is a defect of ours and keeps its traceback, as everything
+    does under ``NNSSL_EXT_DEBUG=1``.
     """
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():  # but a pipe to another process
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        code = PIPE_CLOSED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED
@@ -34,6 +42,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         print(f"error: {told}", file=sys.stderr)
         code = USER_ERROR
     sys.exit(code)
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads stdout any more; Windows has no way to ask."""
+    if not hasattr(select, "poll"):
+        return True
+    asked = select.poll()
+    asked.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def out_of_memory(error: BaseException) -> NnsslError | None:

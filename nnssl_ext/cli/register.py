@@ -71,6 +71,9 @@ def _main() -> int:
     single = args.f is not None and args.m is not None
     if args.c is None or args.o is None or single == (args.pairs is not None):
         base.error("-c, -o, and either -f and -m or --pairs are required")
+    one = (args.f, args.m, args.fixed_mask, args.moving_mask, args.fixed_labels, args.moving_labels)
+    if args.pairs and any(one):
+        base.error("with --pairs, scans, masks and labels are columns of the CSV")
     settings = _settings(rest)
 
     import torch
