@@ -57,7 +57,8 @@ def plan_bids(
     if len(kinds) > 1 and not channels:
         raise NnsslError(f"{root} mixes modalities: {' and '.join(kinds)}", "convert them one by one with --suffixes")
     cases = tuple(
-        PlannedCase(identifier_of(stem(path)), (ImageSource((path,)),), modality=_modality(path)) for path in paths
+        PlannedCase(identifier_of(stem(path), path), (ImageSource((path,)),), modality=_modality(path))
+        for path in paths
     )
     return PlannedDataset(_named(channels, kinds), cases, FOREGROUND_LABELS)
 
@@ -76,9 +77,8 @@ def _together(
     for session, images in sorted(sessions.items()):
         amount = {suffix: len(images.get(suffix, [])) for suffix in suffixes}
         if set(amount.values()) == {1}:
-            cases.append(
-                PlannedCase(identifier_of(session), tuple(ImageSource((images[suffix][0],)) for suffix in suffixes))
-            )
+            sources = tuple(ImageSource((images[suffix][0],)) for suffix in suffixes)
+            cases.append(PlannedCase(identifier_of(session, sources[0].path), sources))
         else:
             told = ", ".join(f"{count} {suffix}" for suffix, count in amount.items())
             problems.append(

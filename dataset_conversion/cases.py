@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,14 @@ class PlannedDataset:
     description: dict[str, Any] = field(default_factory=dict)
     companions: Callable[[Sequence[str]], dict[str, object]] | None = None
 
+    def first(self, count: int) -> PlannedDataset:
+        """The first cases only. If there are as many, bad input met while planning is none of theirs, and only noted."""
+        chosen = replace(self, cases=self.cases[:count])
+        if not self.problems or len(chosen.cases) < count:
+            return chosen
+        note = f"--limit leaves out {len(self.problems)} bad case(s), e.g. {self.problems[0].what}"
+        return replace(chosen, problems=(), notes=(*self.notes, note))
+
 
 def image_ending(path: Path) -> str | None:
     """The image ending of a visible file, or None."""
@@ -110,15 +119,31 @@ def stem(path: Path) -> str:
     return path.name[: -len(ending)] if ending else path.name
 
 
-def identifier_of(text: str) -> str:
-    """A name nnU-Net, shells and file systems take: letters, digits, dot, dash and underscore."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+def identifier_of(text: str, path: Path) -> str:
+    """A name nnU-Net, shells and file systems take: letters without accents, digits, dot, dash and underscore.
+
+    Args:
+        text: the name as it is.
+        path: the file or folder that has it, for the message.
+
+    Raises:
+        NnsslError: it has neither Latin letters nor digits.
+    """
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-.")
+    if not re.search(r"[A-Za-z0-9]", name):
+        raise NnsslError(
+            f"{path}: no Latin letter or digit in the name '{text}'",
+            f"rename this {'folder' if path.is_dir() else 'file'}: nnU-Net's case names need some",
+        )
+    return name
 
 
-def duplicate_name(name: str, paths: Sequence[Path]) -> NnsslError:
-    """The problem of several images that would become one case."""
+def duplicate_name(name: str, paths: Sequence[Path], cleaned: bool = False) -> NnsslError:
+    """The problem of several images that would become one case; `cleaned`: their names went through `identifier_of`."""
+    how = " (the names coincide after cleaning: Latin letters, digits, '.', '-' and '_' stay)" if cleaned else ""
     return NnsslError(
-        f"case {name}: duplicate case name: {', '.join(map(str, paths))}",
+        f"case {name}: duplicate case name{how}: {', '.join(map(str, paths))}",
         "rename the files, or name cases by their folders with --names path",
     )
 

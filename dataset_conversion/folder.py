@@ -77,9 +77,8 @@ def plan_folder(
             sources = tuple(volume.source for volume in members)
             kinds = tuple(CHANNEL_OF_MODALITY.get(volume.modality.lower(), volume.modality) for volume in members)
             of_label = ImageSource((label,)) if label else None
-            cases.append(
-                PlannedCase(identifier_of(name), sources, of_label, modality="+".join(kinds) if all(kinds) else "")
-            )
+            identifier = identifier_of(name, sources[0].path)
+            cases.append(PlannedCase(identifier, sources, of_label, modality="+".join(kinds) if all(kinds) else ""))
             modalities.append(kinds)
             used.add(name)
     if not cases and not problems:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from nnssl_ext.dataset_conversion.cases import (
     CHANNEL_OF_MODALITY,
@@ -15,6 +17,14 @@ from nnssl_ext.dataset_conversion.cases import (
 )
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
+
+Entry = TypeVar("Entry")
+FORMS = {
+    "modality": '{"0": "MRI", ...}',
+    "labels": '{"0": "background", "1": "liver", ...}',
+    "training": '[{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}, ...]',
+}
+"""Entries of dataset.json, and what they look like."""
 
 
 def plan_msd(folder: Path, channels: tuple[str, ...] | None = None) -> tuple[str, PlannedDataset]:
@@ -30,21 +40,23 @@ def plan_msd(folder: Path, channels: tuple[str, ...] | None = None) -> tuple[str
         The task's name, e.g. Hippocampus, and what to convert.
 
     Raises:
-        NnsslError: no dataset.json, entries missing in it, or none of the listed cases there.
+        NnsslError: no dataset.json, entries missing in it or of another form, or none of the listed cases there.
     """
     listing = folder / "dataset.json"
     content = read_json(listing)
-    lacking = [key for key in ("modality", "labels", "training") if key not in content]
+    lacking = [key for key in FORMS if not isinstance(content, dict) or key not in content]
     if lacking:
         raise NnsslError(
             f"{listing} has no {', '.join(lacking)}: no Medical Segmentation Decathlon task",
             "give the task folder (Task04_Hippocampus, ...), or use nnssl_convert folder",
         )
-    names = channels or tuple(_channel(content["modality"][k]) for k in sorted(content["modality"], key=int))
-    labels: Labels = {name if int(value) else "background": int(value) for value, name in content["labels"].items()}
+    names = channels or _entry(listing, content, "modality", _channels)
+    labels = _entry(listing, content, "labels", _labels)
+    listed = _entry(
+        listing, content, "training", lambda pairs: [(folder / p["image"], folder / p["label"]) for p in pairs]
+    )
     cases, problems, absent = [], [], []
-    for entry in content["training"]:
-        image, label = folder / entry["image"], folder / entry["label"]
+    for image, label in listed:
         if not image.is_file() and not label.is_file():
             absent.append(stem(image))
         elif not image.is_file() or not label.is_file():
@@ -53,18 +65,29 @@ def plan_msd(folder: Path, channels: tuple[str, ...] | None = None) -> tuple[str
         else:
             volumes = range(len(names)) if len(names) > 1 else [None]
             sources = tuple(ImageSource((image,), volume) for volume in volumes)
-            cases.append(PlannedCase(identifier_of(stem(image)), sources, ImageSource((label,))))
+            cases.append(PlannedCase(identifier_of(stem(image), image), sources, ImageSource((label,))))
     if not cases and not problems:
         raise NnsslError(
             f"none of the {len(absent)} cases of {listing} is there", "check the path, or download it again"
         )
-    notes = (
-        (f"{len(absent)} of {len(content['training'])} cases in dataset.json are not in the folder",) if absent else ()
-    )
+    notes = (f"{len(absent)} of {len(listed)} cases in dataset.json are not in the folder",) if absent else ()
     keep = {key: str(content[key]) for key in ("description", "reference", "licence", "release") if key in content}
-    name = identifier_of(content.get("name") or folder.name.partition("_")[2] or folder.name)
+    name = identifier_of(str(content.get("name") or folder.name.partition("_")[2] or folder.name), folder)
     return name, PlannedDataset(names, tuple(cases), labels, tuple(problems), notes, keep)
 
 
-def _channel(modality: str) -> str:
-    return CHANNEL_OF_MODALITY.get(modality.lower(), modality)
+def _entry(listing: Path, content: dict[str, Any], key: str, read: Callable[[Any], Entry]) -> Entry:
+    try:
+        return read(content[key])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NnsslError(
+            f"{listing}: '{key}' does not look like {FORMS[key]}", "correct it, or use nnssl_convert folder"
+        ) from error
+
+
+def _channels(modality: dict[str, str]) -> tuple[str, ...]:
+    return tuple(CHANNEL_OF_MODALITY.get(modality[k].lower(), modality[k]) for k in sorted(modality, key=int))
+
+
+def _labels(names: dict[str, str]) -> Labels:
+    return {name if int(value) else "background": int(value) for value, name in names.items()}

@@ -49,9 +49,9 @@ def plan_collection(
         for keys, image in _images(content):
             if modalities and image["modality"] not in modalities:
                 continue
-            identifier = identifier_of("__".join((name, *keys, _without_ending(image["name"]))))
-            source = ImageSource((_resolved(image["image_path"], listing),))
-            cases.append(PlannedCase(identifier, (source,), modality=str(image["modality"])))
+            path = _resolved(image["image_path"], listing)
+            identifier = identifier_of("__".join((name, *keys, _without_ending(image["name"]))), path)
+            cases.append(PlannedCase(identifier, (ImageSource((path,)),), modality=str(image["modality"])))
             kinds.add(CHANNEL_OF_MODALITY.get(str(image["modality"]).lower(), MR))
     except (KeyError, TypeError, AttributeError) as error:
         raise NnsslError(

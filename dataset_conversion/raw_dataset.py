@@ -155,7 +155,7 @@ def _duplicates(cases: Sequence[PlannedCase]) -> list[NnsslError]:
     places: dict[str, list[Path]] = {}
     for case in cases:
         places.setdefault(case.identifier, []).append(case.channels[0].path)
-    return [duplicate_name(name, paths) for name, paths in places.items() if len(paths) > 1]
+    return [duplicate_name(name, paths, cleaned=True) for name, paths in places.items() if len(paths) > 1]
 
 
 def _labels(planned: PlannedDataset, cases: Sequence[CheckedCase]) -> Labels:

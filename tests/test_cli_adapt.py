@@ -119,8 +119,9 @@ def test_plans_derived_from_the_checkpoint(target, tmp_path, here, kind):
     }[kind]
     save_checkpoint(tmp_path / "c.pth", content)
 
-    code, out, _ = here(adapt_main, tmp_path / "c.pth", "-d", 4, "--name", "x")
-    assert code == 0
+    dataset = {"ours": NAME, "nnssl": 4}[kind]  # stock commands take only the number
+    code, out, _ = here(adapt_main, tmp_path / "c.pth", "-d", dataset, "--name", "x")
+    assert code == 0 and "nnUNetv2_train 4 3d_fullres" in out
 
     written = read_json(target.preprocessed / NAME / "nnsslAdaptedPlans_x.json")
     configuration = written["configurations"]["3d_fullres"]

@@ -236,7 +236,27 @@ def test_duplicate_case_names_and_the_remedy(tmp_path):
 def test_names_that_become_one_after_cleaning(tmp_path):
     write(tmp_path / "images" / "scan 1.nii.gz", voxels(1))
     write(tmp_path / "images" / "scan-1.nii.gz", voxels(2))
-    assert "case scan-1: duplicate case name" in message_of(tmp_path)
+    assert "case scan-1: duplicate case name (the names coincide after cleaning" in message_of(tmp_path)
+
+
+def test_accents_go_and_names_without_latin_letters_are_refused(tmp_path):
+    write(tmp_path / "images" / "Müller é.nii.gz", voxels())
+    (case,) = plan_folder(tmp_path / "images", channels=["MRI"]).cases
+    assert case.identifier == "Muller-e"
+    for name in ("###", "снимок_один"):
+        path = write(tmp_path / name / "images" / f"{name}.nii.gz", voxels())
+        told = message_of(tmp_path / name)
+        assert f"{path}: no Latin letter or digit" in told and "rename this file" in told
+
+
+def test_limit_does_not_fail_on_bad_cases_beyond_it(tmp_path):
+    images, labels = labelled_folder(tmp_path)
+    (labels / "b.nii.gz").unlink()
+    planned = plan_folder(images, channels=["MRI"], labels=labels)
+    first = planned.first(2)
+    assert [case.identifier for case in first.cases] == ["a", "c"] and not first.problems
+    assert first.notes[-1].startswith("--limit leaves out 1 bad case(s), e.g. case b: no label")
+    assert len(planned.first(3).problems) == 1  # the third is a bad one
 
 
 def test_dicom_missing_slice(tmp_path):

@@ -84,6 +84,25 @@ def test_cut_down_decathlon_is_noted_and_half_a_case_is_a_problem(tmp_path):
         plan_msd(task)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("modality", ["MRI"]),
+        ("modality", {"0": 1}),
+        ("labels", ["background", "one"]),
+        ("labels", {"background": 0}),
+        ("training", ["./imagesTr/case_1.nii.gz"]),
+        ("training", 2),
+    ],
+)
+def test_decathlon_entries_of_another_form_are_named(tmp_path, key, value):
+    listing = decathlon(tmp_path / "Task77_Demo") / "dataset.json"
+    listing.write_text(json.dumps(json.loads(listing.read_text()) | {key: value}))
+    with pytest.raises(NnsslError, match="does not look like") as refused:
+        plan_msd(listing.parent)
+    assert refused.value.what.startswith(f"{listing}: '{key}' ")
+
+
 @pytest.mark.parametrize("ending", [".nii", ".nrrd", ".mha", ".nii.gz"])
 def test_folder_formats_keep_geometry(tmp_path, ending):
     source = write(tmp_path / "in" / f"scan{ending}", voxels())

@@ -10,9 +10,10 @@ from tiny_dataset import BACKBONES, CONFIGURATION, job_of, log_of, plans_of, wei
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.checkpoints.tensors import interpolate_positions, resize_token_kernel
 from nnssl_ext.engine import loop
-from nnssl_ext.engine.job import Job
+from nnssl_ext.engine.job import Job, prepare
 from nnssl_ext.engine.method import TEACHER, begin
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json, write_json
 from nnssl_ext.networks.build import build_network
 from nnssl_ext.networks.segmentation_layer import segmentation_layer
 
@@ -32,6 +33,10 @@ def write_plans(dataset, name: str, preset: str, crop: tuple[int, int, int], **k
     found["patch_size"] = found["nnssl"]["global_crop"] = list(crop)
     found["architecture"]["arch_kwargs"] |= kwargs
     (dataset / f"{name}.json").write_text(json.dumps(plans))
+
+
+def write_labels(dataset, labels: dict) -> None:
+    write_json(dataset / "dataset.json", {**read_json(dataset / "dataset.json"), "labels": labels})
 
 
 def trained(method: str, backbone: str = "PrimusTiny") -> Job:
@@ -143,6 +148,17 @@ def test_registration_goes_on_from_a_model_that_nnunet_trained(dataset, tmp_path
     assert other.method.backbone.network.state_dict()[f"{prefix}bias"].shape == (2,)
 
 
+def test_labels_that_the_dataset_does_not_have_are_refused_before_training(dataset):
+    job = job_of("--labels", "1", "7", method="RegistrationTrainer")
+    write_labels(dataset, {"background": 0, "all": [1, 2], "core": [2], "ignore": 3})
+    with pytest.raises(NnsslError, match=r"unknown label 7 in Dataset901_Tiny\n  -> known: 1 all, 2 all/core$"):
+        prepare(job, False, 1)
+    write_labels(dataset, {"background": 0, "foreground": 1})
+    with pytest.raises(NnsslError, match="has no labels to learn from"):
+        prepare(job, False, 1)
+    assert not job.output.exists()
+
+
 def test_the_layer_that_tells_labels_is_taken_over_from_our_runs_that_trained_it(dataset):
     def from_checkpoint(job, *labels):
         weights = str(job.output / "checkpoint_final.pth")
@@ -155,6 +171,7 @@ def test_the_layer_that_tells_labels_is_taken_over_from_our_runs_that_trained_it
             {row.action for row in started.table.rows if row.key.startswith(prefix)},
         )
 
+    write_labels(dataset, {"background": 0, "bright": 1, "brighter": 2})
     job = job_of(*SHORT, "--labels", "1", "2", method="RegistrationTrainer")
     assert loop.pretrain(job)
     mine, others, actions = from_checkpoint(job, "1", "2")

@@ -174,6 +174,8 @@ class TestSplit:
             split_cases(NAMES, train, test, 0)
         with pytest.raises(NnsslError, match=r"of 3 \+ 2 cases of fold 0"):
             split_cases(NAMES, 4, 2, 0, ("fold 0", {"train": NAMES[:3], "val": NAMES[3:5]}))
+        with pytest.raises(NnsslError, match="--seed -1"):
+            split_cases(NAMES, 4, 2, -1)
 
 
 class TestScores:

@@ -10,7 +10,7 @@ import numpy as np
 from nnssl_ext.checkpoints.adaptation_plan import token_size
 from nnssl_ext.checkpoints.pretrained import Pretrained
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.paths import dataset_name, folder
+from nnssl_ext.paths import dataset_id, dataset_name, folder
 
 CONFIGURATION = "3d_fullres"
 
@@ -35,7 +35,7 @@ def derive_plans(
     if not fingerprint.is_file():
         raise NnsslError(
             f"{name} has no fingerprint ({fingerprint})",
-            f"nnUNetv2_extract_fingerprint -d {dataset} --verify_dataset_integrity, or give existing plans with -p",
+            f"nnUNetv2_extract_fingerprint -d {dataset_id(name)} --verify_dataset_integrity, or give existing plans with -p",
         )
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
     from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape

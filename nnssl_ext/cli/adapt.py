@@ -11,6 +11,7 @@ from nnssl_ext.cli._console import console
 from nnssl_ext.cli._run import run
 from nnssl_ext.cli._settings import settings_from_flags
 from nnssl_ext.files import read_json
+from nnssl_ext.paths import dataset_id
 
 if TYPE_CHECKING:
     from nnssl_ext.checkpoints.adapt import Adapted
@@ -107,11 +108,11 @@ def _next_steps(adapted: Adapted, dataset: str, output: Path, derived: bool) -> 
     """The stock commands that come next, ready to paste."""
     from nnssl_ext.checkpoints.adapt import CHECKPOINT, TABLE
 
-    name, configuration = adapted.plans["plans_name"], adapted.configuration
+    name, configuration, number = adapted.plans["plans_name"], adapted.configuration, dataset_id(dataset)
     weights = output / CHECKPOINT
     steps = [f"wrote plans {name}, {weights} and {output / TABLE}", "next:"]
     if derived:
-        steps.append(f"  nnUNetv2_preprocess -d {dataset} -plans_name {name} -c {configuration}")
+        steps.append(f"  nnUNetv2_preprocess -d {number} -plans_name {name} -c {configuration}")
     trainer = "-tr nnsslFinetuneTrainer"
-    steps.append(f"  nnUNetv2_train {dataset} {configuration} 0 -p {name} {trainer} -pretrained_weights {weights}")
+    steps.append(f"  nnUNetv2_train {number} {configuration} 0 -p {name} {trainer} -pretrained_weights {weights}")
     return steps

@@ -118,13 +118,12 @@ def _existing(number: str) -> Path:
 
 
 def _convert(a: argparse.Namespace, name: str, planned: PlannedDataset) -> None:
-    from dataclasses import replace
-
     from nnssl_ext.dataset_conversion.dataset_ids import new_dataset
     from nnssl_ext.dataset_conversion.raw_dataset import convert
 
     target = new_dataset(a.dataset, name)
-    planned = replace(planned, cases=planned.cases[: a.limit])
+    if a.limit:
+        planned = planned.first(a.limit)
     for note in planned.notes:
         print(f"note: {note}", file=sys.stderr)
     done = convert(planned, target, dry_run=a.dry_run, skip_bad=a.skip_bad, processes=a.processes)

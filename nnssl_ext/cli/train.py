@@ -102,7 +102,10 @@ def _main() -> int:
             settings_from_flags(default, ["-h"], f"nnssl_train -tr {args.tr}")
         return 0
     if not args.dataset or not args.configuration:
-        base.error("DATASET and CONFIGURATION are required, e.g. nnssl_train 4 3d_fullres -p nnsslPrimusTinyPlans")
+        base.error(
+            "DATASET and CONFIGURATION are required and come first, before any flag, "
+            "e.g. nnssl_train 4 3d_fullres -p nnsslPrimusTinyPlans"
+        )
     job = _job(args, rest)
 
     from nnssl_ext.engine.loop import pretrain
@@ -129,6 +132,8 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
     from nnssl_ext.engine.settings import RunSettings
     from nnssl_ext.paths import dataset_name
 
+    if args.num_gpus < 1:
+        raise NnsslError(f"-num_gpus {args.num_gpus}", "give at least 1; one process serves a CPU too")
     method = load_method(args.tr)
     dataset = dataset_name(args.dataset)
     plans, plan = plan_of(dataset, args.p, args.configuration)
@@ -171,7 +176,7 @@ def _case_names(path: Path) -> list[str]:
         return [str(name) for name in names]
     try:
         return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise NnsslError(
             f"cannot read the case list {path}: {error}", "give a JSON list or a text file with one case a line"
         ) from error

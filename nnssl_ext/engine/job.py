@@ -13,6 +13,7 @@ from nnssl_ext.contracts import PretrainPlan
 from nnssl_ext.engine.settings import RunSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
+from nnssl_ext.monitors.probe import is_labelled
 from nnssl_ext.paths import folder
 from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan, read_plans
 from nnssl_ext.records import Case
@@ -132,8 +133,12 @@ def prepare(job: Job, resume: bool, world_size: int) -> bool:
         Whether a checkpoint to continue from exists.
 
     Raises:
-        NnsslError: the folder holds a run and ``resume`` is off; or the settings differ from the run's, naming each.
+        NnsslError: labels to learn from that the dataset does not have; the folder holds a run and ``resume`` is off; or the
+            settings differ from the run's, naming each.
     """
+    dataset_json = preprocessed_folder(job.dataset) / "dataset.json"
+    if labels := getattr(job.settings, "labels", ()):
+        _refuse_unknown_labels(labels, read_json(dataset_json), job.dataset)
     settings = {**job.as_json(), "world_size": world_size}
     latest = job.output / LATEST
     if latest.exists() and not resume:
@@ -146,10 +151,25 @@ def prepare(job: Job, resume: bool, world_size: int) -> bool:
             (job.output / stale).unlink(missing_ok=True)
     write_json(job.output / "settings.json", settings)
     write_json(job.output / "plans.json", job.plans)
-    dataset_json = preprocessed_folder(job.dataset) / "dataset.json"
     if dataset_json.exists():
         shutil.copyfile(dataset_json, job.output / "dataset.json")
     return latest.exists()
+
+
+def _refuse_unknown_labels(labels: tuple[int, ...], content: dict[str, Any], dataset: str) -> None:
+    if not is_labelled(content):
+        raise NnsslError(
+            f"{dataset} has no labels to learn from: a foreground mask made without labels does not count",
+            "leave --labels out",
+        )
+    known: dict[int, list[str]] = {}
+    for name, values in content["labels"].items():
+        if name not in ("background", "ignore"):
+            for value in values if isinstance(values, list) else [values]:  # several make up a region
+                known.setdefault(int(value), []).append(name)
+    if unknown := [label for label in labels if label not in known]:
+        told = ", ".join(f"{value} {'/'.join(names)}" for value, names in sorted(known.items()))
+        raise NnsslError(f"--labels: unknown label {', '.join(map(str, unknown))} in {dataset}", f"known: {told}")
 
 
 def _refuse_changes(before: dict[str, Any], after: dict[str, Any], output: Path) -> None:

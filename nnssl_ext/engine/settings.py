@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,12 @@ class OptimSettings:
     clip_per_module: bool = False
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise NnsslError(f"--optim.lr {self.lr}", "give a finite number above 0")
+        if self.accumulate < 1:
+            raise NnsslError(f"--optim.accumulate {self.accumulate}", "give at least 1")
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -82,7 +89,7 @@ class RunSettings:
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:
-        counts = ("workers", "max_skipped", "picture_epochs", "probe_epochs", "registration_pairs")
+        counts = ("seed", "workers", "max_skipped", "picture_epochs", "probe_epochs", "registration_pairs")
         for least, names in ((1, ("batch_size", "processes")), (0, counts)):
             for name in names:
                 if getattr(self, name) < least:

@@ -161,8 +161,11 @@ def split_cases(
         fold: what to call it, and its cases under ``train`` and ``val``; None: all cases are drawn from.
 
     Raises:
-        NnsslError: not as many, fewer than one that teaches or two that are scored, or a fold with a case on both sides.
+        NnsslError: not as many, fewer than one that teaches or two that are scored, a fold with a case on both sides, or a
+            negative seed.
     """
+    if seed < 0:
+        raise NnsslError(f"--seed {seed}", "give at least 0")
     if fold is None:
         order = _shuffled(names, seed)
         test_count = min(DEFAULT, len(order) // 2) if test is None else test
