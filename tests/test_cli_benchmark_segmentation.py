@@ -35,7 +35,7 @@ def checkpoint(nnunet_env) -> Path:
         (folder / "gt_segmentations" / f"{case}.nii.gz").touch()
     write_json(folder / "splits_final.json", [{"train": cases[:4], "val": cases[4:]}])
     path = nnunet_env.pretraining / "run" / "checkpoint_final.pth"
-    save_checkpoint(path, content_of(plans_of("PrimusTiny")))
+    save_checkpoint(path, content_of(plans_of("PrimusTiny"), data_summary={"dataset": DATASET, "cases": 2}))
     write_json(path.parent / "settings.json", {"dataset": DATASET, "cases": ["case_00", "case_05"]})
     return path
 
