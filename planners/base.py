@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from nnssl_ext.paths import folder
 from nnssl_ext.planners.fingerprint import label_free_fingerprint
 from nnssl_ext.planners.memory import Views, largest_batch, memory_gb, network_cost
 from nnssl_ext.planners.normalization import choose_normalization
+from nnssl_ext.planners.overrides import Overrides, check_options
 from nnssl_ext.planners.preview import describe
 from nnssl_ext.planners.raw_dataset import require_labels
 from nnssl_ext.planners.sizes import local_crop
@@ -26,16 +27,6 @@ from nnssl_ext.records import Size
 
 MOST_CASES = 8
 """Largest batch: nnssl's published pretraining runs used 8 cases per GPU; beyond, small data sets get endless epochs."""
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What a user fixes by hand; None leaves it to the planner. Sizes in voxels z, y, x; window in Hounsfield units."""
-
-    token_size: Size | None = None
-    patch_size: Size | None = None
-    batch_size: int | None = None
-    window: tuple[float, float] | None = None
 
 
 class PretrainingPlanner(ExperimentPlanner):
@@ -47,7 +38,8 @@ class PretrainingPlanner(ExperimentPlanner):
         most_supervised: largest batch size for nnU-Net's own training.
 
     Raises:
-        NnsslError: image-only or unusable data, naming case, file and remedy.
+        NnsslError: image-only or unusable data, naming case, file and remedy; no fingerprint of nnU-Net's yet; an option
+            that nothing can be planned from.
     """
 
     backbone: ClassVar[str]
@@ -64,9 +56,16 @@ class PretrainingPlanner(ExperimentPlanner):
         overwrite_target_spacing: Sequence[float] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
+        check_options(gpu_memory_target_in_gb, plans_name, overwrite_target_spacing)
         raw, preprocessed = folder("nnUNet_raw"), folder("nnUNet_preprocessed")
         name = str(maybe_convert_to_dataset_name(dataset_name_or_id))
-        require_labels(raw / name, convert_dataset_name_to_id(name))
+        number = convert_dataset_name_to_id(name)
+        require_labels(raw / name, number)
+        fingerprint = preprocessed / name / "dataset_fingerprint.json"
+        if not fingerprint.is_file():  # nnU-Net's planner insists on it, and a stock training copies it
+            raise NnsslError(
+                f"{name} has no fingerprint ({fingerprint})", f"run: nnUNetv2_extract_fingerprint -d {number}"
+            )
         super().__init__(
             dataset_name_or_id,
             self.default_memory_gb if gpu_memory_target_in_gb is None else gpu_memory_target_in_gb,
@@ -171,17 +170,17 @@ class PretrainingPlanner(ExperimentPlanner):
         takes the place of all four, so that it becomes the range from -2 to 2 (our choice).
 
         Raises:
-            NnsslError: a window without width, or no channel named CT to apply it to.
+            NnsslError: a window without or of endless width, or no channel named CT to apply it to.
         """
         found: dict[str, dict[str, float]] = self.dataset_fingerprint["foreground_intensity_properties_per_channel"]
         if self.overrides.window is None:
             return found
         low, high = self.overrides.window
         tomograms = [str(i) for i, (scheme, _) in enumerate(self.normalization()) if scheme == "CTNormalization"]
-        if low >= high or not tomograms:
+        if not -math.inf < low < high < math.inf or not tomograms:
             raise NnsslError(
-                f"window {low:g} to {high:g} HU for channels {', '.join(self.channel_names)}",
-                "give the lower bound first, and name CT channels CT in dataset.json (nnssl_convert --channels CT)",
+                f"--window {low:g} to {high:g} HU for channels {', '.join(self.channel_names)}",
+                "give two numbers, the lower first, and name CT channels CT in dataset.json (nnssl_convert --channels CT)",
             )
         window = {"percentile_00_5": low, "percentile_99_5": high, "mean": (low + high) / 2, "std": (high - low) / 4}
         return {key: {**values, **window} if key in tomograms else values for key, values in found.items()}

@@ -38,7 +38,7 @@ def describe(plans: dict[str, Any], configuration: str, classes: int) -> str:
         (
             "memory",
             f"{memory['estimate']:.1f} GB of {memory['target']:g} GB",
-            "estimate in bf16; see planners/memory.py",
+            _too_much(memory) + "estimate in bf16; see planners/memory.py",
         ),
         (
             "parameters",
@@ -51,6 +51,15 @@ def describe(plans: dict[str, Any], configuration: str, classes: int) -> str:
         rows.append((f"channel {channel}", scheme, why))
     head = f"{plans['plans_name']}, {configuration}, {plans['dataset_name']} (axes z, y, x)"
     return "\n".join([head, *(f"  {name:<12} {value}\n  {'':<12}   {why}" for name, value, why in rows)])
+
+
+def _too_much(memory: dict[str, float]) -> str:
+    if memory["estimate"] <= memory["target"]:
+        return ""
+    return (
+        f"needs {memory['estimate']:g} GB, the target is {memory['target']:g} GB: take a smaller planner or sizes, or raise "
+        "-gpu_memory_target; "
+    )
 
 
 def cost_of(plans: dict[str, Any], configuration: str, classes: int, crop: str = "global_crop") -> Cost:

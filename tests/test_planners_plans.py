@@ -9,11 +9,10 @@ import SimpleITK as sitk
 from conftest import Workspace
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnssl_ext.cli import plan as plan_command
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.planners.base import Overrides
 from nnssl_ext.planners.fingerprint import FILE, analyse_case
-from nnssl_ext.planners.memory import Views
+from nnssl_ext.planners.overrides import Overrides
+from nnssl_ext.planners.preview import describe
 from nnssl_ext.planners.primus import nnsslPlannerPrimusM, nnsslPlannerPrimusS, nnsslPlannerPrimusTiny
 from nnssl_ext.planners.resenc import nnsslPlannerResEncM, nnsslPlannerResEncTiny
 from nnssl_ext.plans import configuration_of, pretrain_plan
@@ -189,9 +188,14 @@ def test_a_window_in_hounsfield_units_is_what_stock_nnunet_clips_to(nnunet_env):
     given = np.array([[[-3000.0, -1000.0, 0.0, 500.0, 1000.0, 3000.0]]], np.float32)
     scaled = CTNormalization(use_mask_for_norm=False, intensityproperties=after["0"]).run(given.copy(), None)
     assert np.allclose(scaled, [-2, -2, 0, 1, 2, 2])
-    planner.overrides = Overrides(window=(1000.0, -1000.0))
-    with pytest.raises(NnsslError, match="window 1000 to -1000 HU"):
-        planner.make_plans()
+    for window, named in (
+        ((1000.0, -1000.0), "1000 to -1000"),
+        ((float("nan"), 1.0), "nan to 1"),
+        ((0.0, float("inf")), "0 to inf"),
+    ):
+        planner.overrides = Overrides(window=window)
+        with pytest.raises(NnsslError, match=f"^--window {named} HU"):
+            planner.make_plans()
 
 
 def test_fingerprint_is_redone_only_when_images_change(nnunet_env):
@@ -265,37 +269,18 @@ def test_2d_data_are_refused(nnunet_env):
         nnsslPlannerPrimusTiny(9).make_plans()
 
 
-@pytest.mark.parametrize(
-    ("method", "views"),
-    [
-        ("MAETrainer", Views(1, 0)),
-        ("SimSiamTrainer", Views(0, 4)),  # 2 pairs of local crops
-        ("DINO3DTrainer", Views(2, 4, teacher=True)),
-        ("RegistrationTrainer", Views(2, 0)),
-    ],
-)
-def test_the_plan_command_asks_a_method_what_it_draws(nnunet_env, method, views):
-    write_dataset(nnunet_env, (56, 72, 56))
-    plans = nnsslPlannerPrimusTiny(9).make_plans()
-    assert plan_command._views(plans, method) == views
+def test_no_fingerprint_names_the_command(nnunet_env):
+    raw = write_dataset(nnunet_env, (16, 16, 16))
+    (nnunet_env.preprocessed / raw.name / "dataset_fingerprint.json").unlink()
+    with pytest.raises(NnsslError, match="Dataset009_Boxes has no fingerprint") as error:
+        nnsslPlannerPrimusTiny(9)
+    assert error.value.fix == "run: nnUNetv2_extract_fingerprint -d 9"
 
 
-def test_plans_for_many_views_have_smaller_batches(nnunet_env, monkeypatch, tmp_path):
-    write_dataset(nnunet_env, (56, 72, 56))
-    (nnunet_env.preprocessed / "Dataset009_Boxes" / "dataset.json").write_text("{}")
-    flags = (
-        "-pl",
-        "nnsslPlannerPrimusTiny",
-        "-gpu_memory_target",
-        "1.3",
-        "--write",
-        "--png",
-        str(tmp_path / "crops.png"),
-    )
-    batch = {}
-    for method in ("MAETrainer", "DINO3DTrainer"):
-        monkeypatch.setattr("sys.argv", ["nnssl_plan", "9", *flags, "-tr", method])
-        assert plan_command._main() == 0
-        written = json.loads((nnunet_env.preprocessed / "Dataset009_Boxes" / "nnsslPrimusTinyPlans.json").read_text())
-        batch[method] = written["configurations"]["3d_fullres"]["nnssl"]["batch_size"]
-    assert batch["DINO3DTrainer"] < batch["MAETrainer"]
+def test_a_memory_target_below_the_smallest_plan_is_told(nnunet_env):
+    write_dataset(nnunet_env, (40, 40, 40))
+    for target, told in ((0.5, True), (4.0, False)):
+        plans = nnsslPlannerPrimusTiny(9, target).make_plans()
+        memory = configuration_of(plans, "3d_fullres")["nnssl"]["memory_gb"]
+        shown = describe(plans, "3d_fullres", 2)
+        assert (f"needs {memory['estimate']:g} GB, the target is {target:g} GB" in shown) == told

@@ -5,7 +5,7 @@ from test_planners_plans import write_dataset
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone, build_network
-from nnssl_ext.planners.base import Overrides
+from nnssl_ext.planners.overrides import Overrides
 from nnssl_ext.planners.swin import nnsslPlannerSwinUNETR
 from nnssl_ext.plans import configuration_of, pretrain_plan
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nnssl_ext.catalogue import load_method, pretraining_methods
 from nnssl_ext.cli._run import run
 from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.files import read_json
 from nnssl_ext.nnunet_plugin.registry import registry
 from nnssl_ext.paths import dataset_id, dataset_name
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from nnssl_ext.contracts import Method
     from nnssl_ext.planners.base import PretrainingPlanner
     from nnssl_ext.planners.memory import Views
+    from nnssl_ext.records import Case
 
 PLANNERS = "nnunetv2.experiment_planning"
 CONFIGURATION = "3d_fullres"
@@ -63,6 +65,8 @@ def _main() -> int:
 
     classes = len(planner.dataset_json["labels"])
     planner.views = _views(planner.make_plans(), args.tr)
+    before = planner.preprocessed / f"{planner.plans_identifier}.json"
+    saved = read_json(before) if before.is_file() else None
     if args.write:
         plans = planner.plan_experiment()
     else:
@@ -70,10 +74,11 @@ def _main() -> int:
         print(describe(plans, CONFIGURATION, classes))
     print(_hours(plans, classes, planner.views, args.tr))
     try:
-        png = _draw(plans, args.tr, args.png or Path(f"{plans['plans_name']}_crops.png"))
+        cases = _cases(plans, saved, _preprocess(args, plans["plans_name"]))
+        png = _draw(plans, cases, args.tr, args.png or Path(f"{plans['plans_name']}_crops.png"))
         print(f"  crops of one batch, masks outlined: {png}")
     except NnsslError as error:
-        print(f"  no picture of crops: {error.what}\n    -> {_preprocess(args, plans['plans_name'])}")
+        print(f"  no picture of crops: {error.what}\n    -> {error.fix}")
     return 0
 
 
@@ -91,15 +96,16 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
     module, name = planners[args.pl].split(":")
     cls = getattr(importlib.import_module(module), name)
 
-    from nnssl_ext.planners.base import Overrides
+    from nnssl_ext.planners.overrides import Overrides
 
+    overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size, _window(args.window))
     planner: PretrainingPlanner = cls(
         dataset,
         args.gpu_memory_target,
         plans_name=args.overwrite_plans_name,
         overwrite_target_spacing=args.overwrite_target_spacing,
     )
-    planner.overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size, _window(args.window))
+    planner.overrides = overrides
     return planner
 
 
@@ -124,10 +130,12 @@ def _method(plans: dict[str, Any], name: str) -> Method:
 
 
 def _views(plans: dict[str, Any], name: str) -> Views:
-    """What the method holds in memory of each case, found out by drawing from one; views up to the size of the plans' local
-    crop count as such, larger ones as global crops."""
+    """What the method holds in memory of each case, found out by drawing from a blank one (some methods look at the case);
+    views up to the size of the plans' local crop count as such, larger ones as global crops."""
     import math
+    import tempfile
 
+    import blosc2
     import numpy as np
 
     from nnssl_ext.planners.memory import Views
@@ -136,8 +144,10 @@ def _views(plans: dict[str, Any], name: str) -> Views:
     method = _method(plans, name)
     crops = plans["configurations"][CONFIGURATION]["nnssl"]
     z, y, x = (2 * edge for edge in crops["global_crop"])
-    case = Case("any", Path(), 1, (z, y, x), (1.0, 1.0, 1.0))
-    sizes = [math.prod(view.size) for view in method.view_policy.draw(case, np.random.default_rng(0), 0.0)]
+    with tempfile.TemporaryDirectory() as folder:
+        case = Case("blank", Path(folder), 1, (z, y, x), (1.0, 1.0, 1.0))
+        blosc2.zeros((1, z, y, x), dtype=np.float32, urlpath=str(case.folder / "blank.b2nd"))
+        sizes = [math.prod(view.size) for view in method.view_policy.draw(case, np.random.default_rng(0), 0.0)]
     local = sum(size <= math.prod(crops["local_crop"]) for size in sizes)
     trained = any(weight.requires_grad for weight in method.export_backbone().network.parameters())
     return Views(len(sizes) - local, local, teacher=not trained)
@@ -168,27 +178,55 @@ def _rounded(hours: float) -> str:
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1g}"
 
 
-def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
-    """One batch of the method's views, cut from the preprocessed cases of these plans.
+def _cases(plans: dict[str, Any], saved: dict[str, Any] | None, fix: str) -> list[Case]:
+    """The preprocessed cases of these plans.
+
+    Args:
+        saved: the plans that lay in the preprocessed folder before this command: the data there are of those.
+        fix: what leads to cases of these plans.
 
     Raises:
         NnsslError: nothing preprocessed for these plans yet, or differently.
     """
+    from nnssl_ext.data.cases import list_cases
+    from nnssl_ext.engine.job import data_folder
+
+    folder = data_folder(plans["dataset_name"], plans, CONFIGURATION)
+    z, y, x = plans["configurations"][CONFIGURATION]["spacing"]
+    try:
+        cases = list_cases(folder, (z, y, x))
+    except NnsslError as error:
+        raise NnsslError(error.what, fix) from error
+    if saved is None or _preprocessing(saved) != _preprocessing(plans):
+        raise NnsslError(f"data in {folder} are of the old plans, with another spacing or normalisation", fix)
+    return cases
+
+
+def _preprocessing(plans: dict[str, Any]) -> list[Any]:
+    """What preprocessed arrays depend on. Only CTNormalization reads intensities."""
+    from nnssl_ext.plans import configuration_of
+
+    found = configuration_of(plans, CONFIGURATION)
+    schemes, intensities = found["normalization_schemes"], plans["foreground_intensity_properties_per_channel"]
+    windows = [intensities[str(i)] for i, scheme in enumerate(schemes) if scheme == "CTNormalization"]
+    return [plans["transpose_forward"], found["spacing"], schemes, found["use_mask_for_norm"], windows]
+
+
+def _draw(plans: dict[str, Any], cases: list[Case], method: str, png: Path) -> Path:
+    """One batch of the method's views, cut from these cases.
+
+    Raises:
+        NnsslError: a case cannot be read, or the picture not be written.
+    """
     import torch
 
-    from nnssl_ext.data.cases import list_cases
     from nnssl_ext.data.loader import make_loader
     from nnssl_ext.objectives.reconstruction import upsample_mask
-    from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan, read_plans
+    from nnssl_ext.plans import pretrain_plan
     from nnssl_ext.reports.pictures import draw_planes
     from nnssl_ext.views.cut import cut_views
 
-    found = configuration_of(plans, CONFIGURATION)
-    saved = configuration_of(read_plans(plans["dataset_name"], plans["plans_name"]), CONFIGURATION)
-    if any(saved[name] != found[name] for name in ("spacing", "normalization_schemes")):
-        raise NnsslError(f"the data of {plans['plans_name']} were preprocessed with another spacing or normalisation")
-    plan = pretrain_plan(plans, CONFIGURATION, len(found["normalization_schemes"]))
-    cases = list_cases(preprocessed_folder(plans["dataset_name"]) / found["data_identifier"], plan.spacing)
+    plan = pretrain_plan(plans, CONFIGURATION, cases[0].channels)
     policy = _method(plans, method).view_policy
     count = min(MOST_PICTURES, plan.batch_size)
     (batch,) = make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=count)
@@ -206,9 +244,11 @@ def _draw(plans: dict[str, Any], method: str, png: Path) -> Path:
 
 
 def _preprocess(args: argparse.Namespace, plans_name: str) -> str:
-    """What leads to preprocessed cases of these plans: the stock planning command knows none of our sizes."""
+    """What leads to preprocessed cases of these plans: the stock planning command knows few of our flags."""
     number = dataset_id(args.dataset)
-    if args.write or args.overwrite_plans_name:
-        first = "" if args.write else "repeat this command with --write, then "
-        return f"{first}run: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION}"
-    return f"run: nnUNetv2_plan_and_preprocess -d {number} -pl {args.pl} -c {CONFIGURATION}"
+    plain = parser().parse_args([args.dataset, "-pl", args.pl])
+    kept = {"png": args.png, "write": args.write}
+    if not args.write and vars(args) == vars(plain) | kept:
+        return f"run: nnUNetv2_plan_and_preprocess -d {number} -pl {args.pl} -c {CONFIGURATION}"
+    first = "" if args.write else "repeat this command with --write, then "
+    return f"{first}run: nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION}"
