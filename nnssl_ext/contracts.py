@@ -188,7 +188,8 @@ class Method(Protocol):
         settings_type: the frozen dataclass of its settings, every field with a default. It holds at least ``epochs``,
             ``iterations`` (optimiser steps per epoch, the interval of logging and saving) and ``optim``
             (`nnssl_ext.engine.settings.OptimSettings`), and a classmethod ``for_plan(plan: PretrainPlan)`` that
-            returns the defaults for these plans.
+            returns the defaults for these plans. Where some depend on others, which flags may change, it also has
+            ``settled()``, which returns them all decided.
         citations: papers to cite when its checkpoints are used.
 
     Attributes:
