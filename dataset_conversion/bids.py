@@ -14,6 +14,7 @@ from nnssl_ext.dataset_conversion.cases import (
     identifier_of,
     image_ending,
     stem,
+    visible_files,
 )
 from nnssl_ext.errors import NnsslError, unknown_name
 
@@ -36,12 +37,17 @@ def plan_bids(
         NnsslError: no such images, an unknown suffix, or cases of several modalities.
     """
     found: dict[str, list[Path]] = {}
-    for subject in sorted(root.glob("sub-*")):
-        for path in sorted(subject.rglob("*")):
+    problems: list[NnsslError] = []
+    for subject in sorted(path for path in root.glob("sub-*") if path.is_dir()):
+        files, unreadable = visible_files(subject)
+        problems += unreadable
+        for path in files:
             ending = image_ending(path)
             suffix = stem(path).rpartition("_")[2]
             if ending in (".nii", ".nii.gz") and path.parent.name in DATATYPES and suffix not in NO_IMAGES:
                 found.setdefault(suffix, []).append(path)
+    if problems and not found:
+        raise problems[0]
     if not found:
         raise NnsslError(
             f"no sub-*/{{{','.join(DATATYPES)}}}/*.nii[.gz] in {root}",
@@ -51,20 +57,24 @@ def plan_bids(
         if suffix not in found:
             raise unknown_name(f"BIDS suffix (in {root})", suffix, found)
     if together:
-        return _together(root, found, suffixes, channels)
+        return _together(root, found, suffixes, channels, problems)
     paths = sorted(path for suffix in suffixes or found for path in found[suffix])
     kinds = sorted({DATATYPES[path.parent.name] for path in paths})
     if len(kinds) > 1 and not channels:
         raise NnsslError(f"{root} mixes modalities: {' and '.join(kinds)}", "convert them one by one with --suffixes")
     cases = tuple(
-        PlannedCase(identifier_of(stem(path), path), (ImageSource((path,)),), modality=_modality(path))
+        PlannedCase(identifier_of(stem(path), path), (ImageSource((path,)),), modality=_modality(path), name=stem(path))
         for path in paths
     )
-    return PlannedDataset(_named(channels, kinds), cases, FOREGROUND_LABELS)
+    return PlannedDataset(_named(channels, kinds), cases, FOREGROUND_LABELS, tuple(problems))
 
 
 def _together(
-    root: Path, found: dict[str, list[Path]], suffixes: Sequence[str], channels: Sequence[str]
+    root: Path,
+    found: dict[str, list[Path]],
+    suffixes: Sequence[str],
+    channels: Sequence[str],
+    unreadable: Sequence[NnsslError],
 ) -> PlannedDataset:
     if len(suffixes) < 2:
         raise NnsslError("--together needs at least two --suffixes", f"choose from {', '.join(sorted(found))}")
@@ -73,12 +83,12 @@ def _together(
         for path in found[suffix]:
             session = "_".join(path.parent.parent.relative_to(root).parts)
             sessions.setdefault(session, {}).setdefault(suffix, []).append(path)
-    cases, problems = [], []
+    cases, problems = [], list(unreadable)
     for session, images in sorted(sessions.items()):
         amount = {suffix: len(images.get(suffix, [])) for suffix in suffixes}
         if set(amount.values()) == {1}:
             sources = tuple(ImageSource((images[suffix][0],)) for suffix in suffixes)
-            cases.append(PlannedCase(identifier_of(session, sources[0].path), sources))
+            cases.append(PlannedCase(identifier_of(session, sources[0].path), sources, name=session))
         else:
             told = ", ".join(f"{count} {suffix}" for suffix, count in amount.items())
             problems.append(

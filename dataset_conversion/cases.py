@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ FOREGROUND_LABELS: Labels = {"background": 0, "foreground": 1}
 
 @dataclass(frozen=True)
 class Crop:
-    """A half-open box of voxels along z, y, x; what reaches beyond the image is padded with its lowest value."""
+    """A half-open box of voxels along z, y, x; beyond an image its lowest value is padded, beyond a label 0."""
 
     lower: tuple[int, int, int]
     upper: tuple[int, int, int]
@@ -37,11 +38,13 @@ class ImageSource:
     Attributes:
         files: one file, or the slices of a DICOM series in order.
         volume: index along the fourth axis of a 4D file, None for a 3D one.
+        volumes: names of all volumes that the file must hold, in order; () where the source names none.
         crop: the part of it that is wanted, None for all.
     """
 
     files: tuple[Path, ...]
     volume: int | None = None
+    volumes: tuple[str, ...] = ()
     crop: Crop | None = None
 
     @property
@@ -55,6 +58,7 @@ class PlannedCase:
     """One case to write. Without `label`, a foreground mask of the first channel becomes its label.
 
     `modality` is what the source says of this case, e.g. CT or T1w, or "". Where cases differ in it, dataset.json says so.
+    `name` is what the source calls it, before `identifier_of`, or "".
     """
 
     identifier: str
@@ -62,6 +66,7 @@ class PlannedCase:
     label: ImageSource | None = None
     notes: str = ""
     modality: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,15 +107,38 @@ def image_ending(path: Path) -> str | None:
     return next((ending for ending in IMAGE_ENDINGS if path.name.lower().endswith(ending)), None)
 
 
-def image_files(folder: Path) -> list[Path]:
-    """All image files below a folder, hidden ones (macOS leaves ``._x.nii.gz``) left out, sorted.
+def visible_files(folder: Path) -> tuple[list[Path], list[NnsslError]]:
+    """All files below a folder, sorted, and a problem for every sub-folder that cannot be read.
+
+    Hidden files and folders (macOS's ``._x.nii.gz``, ``.git``, ``.snapshots``) are left out. Links to folders are
+    followed. Links to files that are not there (git-annex) are among the files, so that reading can name them.
 
     Raises:
         NnsslError: there is no such folder.
     """
     if not folder.is_dir():
         raise NnsslError(f"{folder} is not a folder", "check the path")
-    return sorted(p for p in folder.rglob("*") if image_ending(p) and p.is_file())
+    files: list[Path] = []
+    problems: list[NnsslError] = []
+    seen: set[str] = set()  # links may lead in circles
+
+    def unreadable(error: OSError) -> None:
+        problems.append(
+            NnsslError(
+                f"{error.filename}: folder cannot be read: {error.strerror}", "make it readable, or move it away"
+            )
+        )
+
+    starts = [folder]  # links come last: what they lead to is found under its own name if it lies below too
+    for start in starts:
+        for place, folders, names in os.walk(start, onerror=unreadable):
+            real = os.path.realpath(place)
+            folders[:] = () if real in seen else sorted(name for name in folders if not name.startswith("."))
+            if real not in seen:
+                seen.add(real)
+                starts += [Path(place, name) for name in folders if os.path.islink(os.path.join(place, name))]
+                files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if os.path.isfile(path) or not os.path.exists(path)), problems
 
 
 def stem(path: Path) -> str:
@@ -139,13 +167,15 @@ def identifier_of(text: str, path: Path) -> str:
     return name
 
 
-def duplicate_name(name: str, paths: Sequence[Path], cleaned: bool = False) -> NnsslError:
-    """The problem of several images that would become one case; `cleaned`: their names went through `identifier_of`."""
+def duplicate_name(
+    name: str,
+    paths: Sequence[Path],
+    fix: str = "rename all but one of the files, or leave them out",
+    cleaned: bool = False,
+) -> NnsslError:
+    """The problem of several images that would become one case; `cleaned`: `identifier_of` made their names alike."""
     how = " (the names coincide after cleaning: Latin letters, digits, '.', '-' and '_' stay)" if cleaned else ""
-    return NnsslError(
-        f"case {name}: duplicate case name{how}: {', '.join(map(str, paths))}",
-        "rename the files, or name cases by their folders with --names path",
-    )
+    return NnsslError(f"case {name}: duplicate case name{how}: {', '.join(map(str, paths))}", fix)
 
 
 def subject_of(case: str, pattern: str) -> str:

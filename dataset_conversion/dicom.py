@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from nnssl_ext.dataset_conversion.cases import image_ending
 from nnssl_ext.errors import NnsslError
 
 POSITION, ORIENTATION, PIXEL_SPACING, MODALITY = "0020|0032", "0020|0037", "0028|0030", "0008|0060"
+SLOPE, INTERCEPT = "0028|1053", "0028|1052"
+ENDINGS = (".dcm", ".dicom", ".ima")
 UNEVEN = 0.1  # of the usual distance between slices: rounded positions differ by less, a missing slice by 1
 
 
@@ -25,19 +28,32 @@ class Series:
     modality: str
 
 
-def find_series(root: Path) -> tuple[list[Series], list[NnsslError]]:
-    """One series per folder at or below `root`, and a problem for every folder that mixes or hides some."""
+def find_series(files: Sequence[Path]) -> tuple[list[Series], list[NnsslError]]:
+    """One series per folder of the DICOM files among these, and a problem for every folder that mixes or hides some."""
     series, problems = [], []
-    for folder in sorted({path.parent for path in _dicom_files(root)}):
+    slices: dict[Path, list[Path]] = {}
+    for path in files:
         try:
-            series.append(_only_series(folder))
+            if _is_dicom(path):
+                slices.setdefault(path.parent, []).append(path)
+        except FileNotFoundError:
+            continue  # a broken link: beside DICOM files it is told below, elsewhere it need not be one
+        except OSError as error:
+            problems.append(NnsslError(f"{path}: unreadable: {error.strerror}", "make it readable, or move it away"))
+    for folder, seen in sorted(slices.items()):
+        try:
+            series.append(_only_series(folder, seen))
         except NnsslError as problem:
             problems.append(problem)
     return series, problems
 
 
-def check_slices(files: tuple[Path, ...]) -> None:
+def check_slices(files: tuple[Path, ...]) -> int:
     """That sorted slices are parallel, of one size, evenly apart and stacked along their normal.
+
+    Returns:
+        SimpleITK's pixel type to read them in. By default it is that of the first slice, which truncates others where
+        they are rescaled differently (PET), so those are read as float32.
 
     Raises:
         NnsslError: mixed series, missing slices, doubled slices or a tilted gantry, naming folder and slices.
@@ -83,10 +99,17 @@ def check_slices(files: tuple[Path, ...]) -> None:
             f"{folder}: direction is not orthonormal: slices are shifted against each other (gantry tilt)",
             "resample the series onto an orthogonal grid, e.g. with dcm2niix",
         )
+    rescaled = {(float(header.get(SLOPE, 1)), float(header.get(INTERCEPT, 0))) for header in headers}
+    return sitk.sitkFloat32 if len(rescaled) > 1 else sitk.sitkUnknown
 
 
-def _only_series(folder: Path) -> Series:
-    seen = [path for path in _dicom_files(folder) if path.parent == folder]
+def _only_series(folder: Path, seen: Sequence[Path]) -> Series:
+    broken = sorted(path.name for path in folder.iterdir() if not os.path.exists(path))
+    if broken:  # GDCM would not list the files behind one
+        raise NnsslError(
+            f"{folder}: {len(broken)} link(s) to missing files beside {len(seen)} DICOM file(s), e.g. {broken[0]}",
+            "fetch the files (git annex get, datalad get), or leave the series out",
+        )
     identifiers = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))
     if len(identifiers) > 1:
         raise NnsslError(
@@ -105,16 +128,18 @@ def _only_series(folder: Path) -> Series:
     return Series(folder, tuple(Path(file) for file in files), _header(Path(files[0])).get(MODALITY, "").strip())
 
 
-def _dicom_files(root: Path) -> Iterator[Path]:
-    for path in root.rglob("*"):
-        if path.name.startswith(".") or path.name.upper() == "DICOMDIR" or image_ending(path) or not path.is_file():
-            continue
-        if path.suffix.lower() in (".dcm", ".ima"):
-            yield path
-        elif not path.suffix or path.suffix[1:].isdigit():  # scanners name files IM0001, or by their unique identifier
-            with open(path, "rb") as stream:
-                if stream.read(132)[128:] == b"DICM":
-                    yield path
+def _is_dicom(path: Path) -> bool:
+    """By its ending or, as scanners name files IM0001 or by their unique identifier, by its first bytes.
+
+    Raises:
+        OSError: it had to be opened and could not.
+    """
+    if path.name.upper() == "DICOMDIR" or image_ending(path):
+        return False
+    if path.suffix and not path.suffix[1:].isdigit():
+        return path.suffix.lower() in ENDINGS
+    with open(path, "rb") as stream:
+        return stream.read(132)[128:] == b"DICM"
 
 
 def _header(path: Path) -> dict[str, str]:
@@ -127,7 +152,8 @@ def _header(path: Path) -> dict[str, str]:
             f"{path}: unreadable DICOM file", "copy or export the series again, or leave it out"
         ) from error
     known = set(reader.GetMetaDataKeys())
-    header = {k: reader.GetMetaData(k) for k in (POSITION, ORIENTATION, PIXEL_SPACING, MODALITY) if k in known}
+    wanted = (POSITION, ORIENTATION, PIXEL_SPACING, MODALITY, SLOPE, INTERCEPT)
+    header = {key: reader.GetMetaData(key) for key in wanted if key in known}
     return header | {"size": "x".join(map(str, reader.GetSize()))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from nnssl_ext.dataset_conversion.cases import (
     PlannedDataset,
     duplicate_name,
     identifier_of,
-    image_files,
+    image_ending,
     stem,
+    visible_files,
 )
 from nnssl_ext.dataset_conversion.dicom import find_series
 from nnssl_ext.errors import NnsslError
@@ -58,17 +60,22 @@ def plan_folder(
     Raises:
         NnsslError: no images, or channel names that are neither given nor told by the files.
     """
-    volumes, problems = _volumes(folder, labels, label_suffix, names)
+    label_files, problems = visible_files(labels) if labels else ([], [])
+    volumes, bad = _volumes(folder, labels, label_files, label_suffix, names)
+    problems = list({problem.what: problem for problem in problems + bad}.values())  # labels may lie below `folder`
     suffixes = tuple(channel_suffixes) or _numbered_channels([v.name for v in volumes])
-    groups, ignored, doubled = _grouped(volumes, suffixes)
-    label_of, doubled_labels = _labels_by_name(labels, label_suffix, names)
+    guessed = bool(suffixes) and not channel_suffixes
+    way_out = ', or, if the numbers tell cases apart and not channels, set --channel-suffixes ""' if guessed else ""
+    groups, ignored, doubled = _grouped(folder, volumes, suffixes, names)
+    label_of, doubled_labels = _labels_by_name(labels, label_files, label_suffix, names)
     problems += doubled + doubled_labels
     cases, modalities, used = [], [], set()
     for name, found in groups.items():
         lacking = [suffix for suffix in suffixes if suffix not in found]
         label = label_of.get(name)
         if lacking:
-            problems.append(NnsslError(f"case {name}: no channel {', '.join(lacking)} in {folder}", "add the file"))
+            told = f"case {name}: no channel {', '.join(lacking)} in {folder}"
+            problems.append(NnsslError(told, f"add the file{way_out}"))
         elif labels and not label:
             wanted = f"{labels / (name + label_suffix)}.*"
             problems.append(NnsslError(f"case {name}: no label {wanted}", "add it, or set --label-suffix"))
@@ -77,8 +84,8 @@ def plan_folder(
             sources = tuple(volume.source for volume in members)
             kinds = tuple(CHANNEL_OF_MODALITY.get(volume.modality.lower(), volume.modality) for volume in members)
             of_label = ImageSource((label,)) if label else None
-            identifier = identifier_of(name, sources[0].path)
-            cases.append(PlannedCase(identifier, sources, of_label, modality="+".join(kinds) if all(kinds) else ""))
+            identifier, modality = identifier_of(name, sources[0].path), "+".join(kinds) if all(kinds) else ""
+            cases.append(PlannedCase(identifier, sources, of_label, modality=modality, name=name))
             modalities.append(kinds)
             used.add(name)
     if not cases and not problems:
@@ -86,8 +93,11 @@ def plan_folder(
     spare = len(set(label_of) - used)
     notes = [f"{spare} label file(s) without an image are left out"] * bool(spare)
     notes += [f"{ignored} file(s) without any of the suffixes {', '.join(suffixes)} are left out"] * bool(ignored)
+    channel_names = tuple(channels)
+    if cases:  # else the problems say why, and no error about channels should hide them
+        channel_names = _channel_names(folder, channels, modalities, len(suffixes) or 1, way_out)
     return PlannedDataset(
-        channel_names=_channel_names(folder, channels, modalities, len(suffixes) or 1),
+        channel_names=channel_names,
         cases=tuple(cases),
         labels=_label_values(labels, label_names),
         problems=tuple(problems),
@@ -96,26 +106,30 @@ def plan_folder(
 
 
 def _volumes(
-    folder: Path, labels: Path | None, label_suffix: str, names: str
+    folder: Path, labels: Path | None, label_files: Sequence[Path], label_suffix: str, names: str
 ) -> tuple[list[_Volume], list[NnsslError]]:
-    def is_label(path: Path) -> bool:
-        if labels is None or not path.resolve().is_relative_to(labels.resolve()):
-            return False
-        return labels.resolve() != folder.resolve() or (bool(label_suffix) and stem(path).endswith(label_suffix))
-
-    if labels is not None and labels.resolve() == folder.resolve() and not label_suffix:
+    files, problems = visible_files(folder)
+    among_labels = labels is not None and folder.resolve().is_relative_to(labels.resolve())
+    if among_labels and not label_suffix:
         raise NnsslError("images and labels lie in one folder", "tell them apart with --label-suffix, e.g. _seg")
-    files = [path for path in image_files(folder) if not is_label(path)]
-    series, problems = find_series(folder)
-    found = [_Volume(_name(path, folder, names), ImageSource((path,))) for path in files]
+    places = {_place(path) for path in label_files}
+    if labels:
+        files = [p for p in files if _place(p) not in places or (among_labels and not stem(p).endswith(label_suffix))]
+    found = [_Volume(_name(path, folder, names), ImageSource((path,))) for path in files if image_ending(path)]
+    series, bad = find_series(files)
     for one in series:
         found.append(_Volume(_name(one.folder, folder, names), ImageSource(one.files), one.modality))
-    return found, problems
+    return found, problems + bad
+
+
+def _place(path: Path) -> Path:
+    """Where a file lies, whatever links lead to its folder; a file that is a link lies where the link does."""
+    return path.parent.resolve() / path.name
 
 
 def _name(path: Path, root: Path | None, names: str) -> str:
     if names == "file" or root is None or path == root:
-        return stem(path)
+        return stem(Path(os.path.abspath(path)))  # "." has no name
     return "_".join((*path.relative_to(root).parent.parts, stem(path)))
 
 
@@ -131,7 +145,7 @@ def _numbered_channels(names: list[str]) -> tuple[str, ...]:
 
 
 def _grouped(
-    volumes: list[_Volume], suffixes: Sequence[str]
+    root: Path, volumes: list[_Volume], suffixes: Sequence[str], names: str
 ) -> tuple[dict[str, dict[str, _Volume]], int, list[NnsslError]]:
     """case name -> suffix -> volume; how many volumes have none of the suffixes; duplicate names."""
     found: dict[str, dict[str, list[_Volume]]] = {}
@@ -147,31 +161,46 @@ def _grouped(
     for name, by_suffix in found.items():
         doubles = [volume.source.path for same in by_suffix.values() if len(same) > 1 for volume in same]
         if doubles:
-            problems.append(duplicate_name(name, doubles))
+            problems.append(duplicate_name(name, doubles, _apart(doubles, root, names)))
         else:
             groups[name] = {suffix: same[0] for suffix, same in by_suffix.items()}
     return groups, ignored, problems
 
 
-def _labels_by_name(labels: Path | None, suffix: str, names: str) -> tuple[dict[str, Path], list[NnsslError]]:
+def _apart(paths: Sequence[Path], root: Path | None, names: str) -> str:
+    """How to tell files of one name apart."""
+    inner = [folder for path in paths for folder in path.parents if root in folder.parents]
+    of_labels = [folder for folder in inner if folder.name.lower().startswith("labels")]
+    if of_labels:
+        return f"label maps are no images: set --labels {of_labels[0]}, or give the folder of the images alone"
+    return "rename the files" + (", or name cases by their folders with --names path" if names == "file" else "")
+
+
+def _labels_by_name(
+    labels: Path | None, files: Sequence[Path], suffix: str, names: str
+) -> tuple[dict[str, Path], list[NnsslError]]:
     """case name -> label file, and duplicate names."""
     found: dict[str, list[Path]] = {}
-    for path in image_files(labels) if labels else ():
+    for path in filter(image_ending, files):
         name = _name(path, labels, names)
         if name.endswith(suffix):
             found.setdefault(name[: len(name) - len(suffix)], []).append(path)
-    problems = [duplicate_name(f"{name} (label)", paths) for name, paths in found.items() if len(paths) > 1]
+    problems = [
+        duplicate_name(f"{name} (label)", paths, _apart(paths, None, names))
+        for name, paths in found.items()
+        if len(paths) > 1
+    ]
     return {name: paths[0] for name, paths in found.items() if len(paths) == 1}, problems
 
 
 def _channel_names(
-    folder: Path, given: Sequence[str], modalities: list[tuple[str, ...]], count: int
+    folder: Path, given: Sequence[str], modalities: list[tuple[str, ...]], count: int, way_out: str
 ) -> tuple[str, ...]:
     if given:
         if len(given) != count:
             raise NnsslError(
                 f"{len(given)} channel name(s) ({', '.join(given)}) for {count} channel(s) per case in {folder}",
-                "give one name per channel with --channels",
+                f"give one name per channel with --channels{way_out}",
             )
         return tuple(given)
     kinds = set(modalities)

@@ -14,7 +14,7 @@ from nnssl_ext.dataset_conversion.cases import (
     PlannedCase,
     PlannedDataset,
     image_ending,
-    image_files,
+    visible_files,
 )
 from nnssl_ext.dataset_conversion.one_case import Places
 from nnssl_ext.dataset_conversion.raw_dataset import Converted, check_all, told_together
@@ -73,7 +73,10 @@ def add_foreground(
 
 
 def _planned(dataset: Path, channels: Sequence[str]) -> tuple[dict[str, Any], PlannedDataset]:
-    images = [path for path in image_files(dataset / "imagesTr") if path.parent.name == "imagesTr"]
+    files, problems = visible_files(dataset / "imagesTr")
+    images = [path for path in files if image_ending(path) and path.parent == dataset / "imagesTr"]
+    if problems:
+        raise problems[0]
     if not images:
         raise NnsslError(
             f"no images in {dataset / 'imagesTr'}", "an image-only dataset has imagesTr/CASE_0000.nii.gz, ..."

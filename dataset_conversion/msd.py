@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,22 +58,24 @@ def plan_msd(folder: Path, channels: tuple[str, ...] | None = None) -> tuple[str
     )
     cases, problems, absent = [], [], []
     for image, label in listed:
-        if not image.is_file() and not label.is_file():
+        if not os.path.lexists(image) and not os.path.lexists(label):  # a link that leads nowhere is a bad file
             absent.append(stem(image))
         elif not image.is_file() or not label.is_file():
             lost = label if image.is_file() else image
             problems.append(NnsslError(f"case {stem(image)}: {lost}: no such file", "restore it, or take the case out"))
         else:
             volumes = range(len(names)) if len(names) > 1 else [None]
-            sources = tuple(ImageSource((image,), volume) for volume in volumes)
-            cases.append(PlannedCase(identifier_of(stem(image), image), sources, ImageSource((label,))))
+            sources = tuple(ImageSource((image,), volume, names) for volume in volumes)
+            case = stem(image)
+            cases.append(PlannedCase(identifier_of(case, image), sources, ImageSource((label,)), name=case))
     if not cases and not problems:
         raise NnsslError(
             f"none of the {len(absent)} cases of {listing} is there", "check the path, or download it again"
         )
     notes = (f"{len(absent)} of {len(listed)} cases in dataset.json are not in the folder",) if absent else ()
     keep = {key: str(content[key]) for key in ("description", "reference", "licence", "release") if key in content}
-    name = identifier_of(str(content.get("name") or folder.name.partition("_")[2] or folder.name), folder)
+    place = folder.resolve().name  # "." has no name
+    name = identifier_of(str(content.get("name") or place.partition("_")[2] or place), folder)
     return name, PlannedDataset(names, tuple(cases), labels, tuple(problems), notes, keep)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,9 @@ def plan_collection(
             if modalities and image["modality"] not in modalities:
                 continue
             path = _resolved(image["image_path"], listing)
-            identifier = identifier_of("__".join((name, *keys, _without_ending(image["name"]))), path)
-            cases.append(PlannedCase(identifier, (ImageSource((path,)),), modality=str(image["modality"])))
+            told = "__".join((name, *keys, _without_ending(image["name"])))
+            sources = (ImageSource((path,)),)
+            cases.append(PlannedCase(identifier_of(told, path), sources, modality=str(image["modality"]), name=told))
             kinds.add(CHANNEL_OF_MODALITY.get(str(image["modality"]).lower(), MR))
     except (KeyError, TypeError, AttributeError) as error:
         raise NnsslError(
@@ -76,13 +78,20 @@ def export_collection(dataset: Path, *, subject_pattern: str = ".+") -> dict[str
         subject_pattern: regular expression whose match in a case's name is its subject.
 
     Raises:
-        NnsslError: no dataset.json or no images, a pattern that matches nothing.
+        NnsslError: no dataset.json or no images, a file named otherwise than nnU-Net wants, a pattern that
+            matches nothing.
     """
     description = read_json(dataset / "dataset.json")
     ending, channels = description["file_ending"], description["channel_names"]
     subjects: dict[str, Any] = {}
-    for path in sorted((dataset / "imagesTr").glob(f"*{ending}")):
-        case, _, channel = path.name.removesuffix(ending).rpartition("_")
+    for path in sorted((dataset / "imagesTr").glob(f"[!.]*{ending}")):  # macOS leaves ._x.nii.gz
+        match = re.fullmatch(rf"(.+)_(\d{{4}}){re.escape(ending)}", path.name)
+        if match is None or str(int(match[2])) not in channels:
+            raise NnsslError(
+                f"{path} is no CASE_0000{ending} of a channel in dataset.json ({', '.join(channels)})",
+                "rename it, or move it out of imagesTr",
+            )
+        case, channel = match.groups()
         subject = subject_of(case, subject_pattern)
         entry = subjects.setdefault(subject, {"subject_id": subject, "subject_info": None, "sessions": {}})
         session = entry["sessions"].setdefault(case, {"session_id": case, "session_info": None, "images": []})

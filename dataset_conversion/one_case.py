@@ -113,7 +113,7 @@ def _converted(
         values, share = _put_foreground(first, array, case.channels[0].path, target)
         how.append("foreground")
     else:
-        label, rounded = on_grid_of(read_volume(case.label), case.label.path, first, case.channels[0].path)
+        label, rounded = on_grid_of(read_volume(case.label, padding=0.0), case.label.path, first, case.channels[0].path)
         values = label_values(label, case.label.path)
         _check_values(values, labels, case.label.path)
         share = float(np.count_nonzero(sitk.GetArrayViewFromImage(label))) / array.size

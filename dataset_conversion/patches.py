@@ -175,7 +175,7 @@ def _cases_of(dataset: Path, description: dict) -> list[PlannedCase]:
     ending = description["file_ending"]
     channels = range(len(description["channel_names"]))
     cases = []
-    for path in sorted((dataset / "imagesTr").glob(f"*_0000{ending}")):
+    for path in sorted((dataset / "imagesTr").glob(f"[!.]*_0000{ending}")):  # macOS leaves ._x
         name = path.name.removesuffix(f"_0000{ending}")
         images = tuple(ImageSource((dataset / "imagesTr" / f"{name}_{c:04d}{ending}",)) for c in channels)
         label = dataset / "labelsTr" / f"{name}{ending}"

@@ -152,10 +152,14 @@ def check_all(planned: PlannedDataset, places: Places, processes: int) -> Conver
 
 
 def _duplicates(cases: Sequence[PlannedCase]) -> list[NnsslError]:
-    places: dict[str, list[Path]] = {}
+    alike: dict[str, list[PlannedCase]] = {}
     for case in cases:
-        places.setdefault(case.identifier, []).append(case.channels[0].path)
-    return [duplicate_name(name, paths, cleaned=True) for name, paths in places.items() if len(paths) > 1]
+        alike.setdefault(case.identifier, []).append(case)
+    return [
+        duplicate_name(name, [case.channels[0].path for case in same], cleaned=len({case.name for case in same}) > 1)
+        for name, same in alike.items()
+        if len(same) > 1
+    ]
 
 
 def _labels(planned: PlannedDataset, cases: Sequence[CheckedCase]) -> Labels:

@@ -31,7 +31,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         building.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f"{mark}*"):
-            if not _alive(int(left.name.removeprefix(mark))):
+            process = left.name.removeprefix(mark)  # of a host whose name goes on, it is no number
+            if process.isdecimal() and (int(process) == os.getpid() or not _alive(int(process))):
                 shutil.rmtree(left, ignore_errors=True)
         building.mkdir()
         yield building

@@ -44,6 +44,15 @@ def test_real_hippocampus(nnunet_env, test_data):
     ]
 
 
+def test_what_was_preprocessed_of_an_earlier_dataset_of_the_name_is_told(nnunet_env, tmp_path):
+    images, _ = labelled_folder(tmp_path)
+    earlier = nnunet_env.preprocessed / "Dataset005_X"
+    earlier.mkdir()
+    command = ("nnssl_convert", "folder", images, "-d", 5, "--name", "X", "--channels", "CT", "-np", 1)
+    told = nnunet_env.run(*command).stdout
+    assert f"note: {earlier} is of an earlier Dataset005_X" in told and told.rstrip().endswith("--clean")
+
+
 def test_bad_input_ends_with_code_2_and_skip_bad_goes_on(nnunet_env, tmp_path):
     images, labels = labelled_folder(tmp_path)
     truncate(images / "b.nii.gz")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import SimpleITK as sitk
 from scans import dicom_series, files_below, image, label, labelled_folder, repack, truncate, voxels, write
 
+from nnssl_ext.dataset_conversion.bids import plan_bids
 from nnssl_ext.dataset_conversion.dataset_ids import new_dataset
 from nnssl_ext.dataset_conversion.folder import plan_folder
 from nnssl_ext.dataset_conversion.raw_dataset import convert
@@ -73,6 +75,23 @@ def _nan(path):
     write(path, array)
 
 
+def _complex(path):
+    nibabel.save(nibabel.Nifti1Image(voxels().astype(np.complex64), np.eye(4)), path)
+
+
+def _no_voxel_size(path):
+    repack(path, lambda content: content.__setitem__(slice(84, 88), bytes(4)))  # pixdim[2]
+
+
+def _infinite_voxel_size(path):
+    repack(path, lambda content: content.__setitem__(slice(84, 88), np.float32(np.inf).tobytes()))
+
+
+def _not_fetched(path):
+    path.unlink()
+    path.symlink_to(".git/annex/objects/gone")
+
+
 def _constant(path):
     write(path, np.full_like(voxels(), 7))
 
@@ -122,6 +141,11 @@ CASES = {
     "4D": Bad("_four", "4D (10x12x14x3 voxels) where 3D is needed", "split it into one 3D file per volume"),
     "vectors": Bad("_vector", "3 values per voxel where 1 is needed", "split it into one 3D file per volume"),
     "NaN and Inf": Bad("_nan", "3 of 1680 voxels are NaN or infinite", "replace them by a meaningful value"),
+    "complex": Bad("_complex", "complex values where real ones are needed", "convert it to magnitude"),
+    "voxel size 0": Bad("_no_voxel_size", "voxel size 0.7x0x2.5 mm (x, y, z) in the header", "correct pixdim"),
+    "voxel size inf": Bad("_infinite_voxel_size", "voxel size 0.7xinfx2.5 mm", "correct pixdim"),
+    "not fetched": Bad("_not_fetched", "no such file behind this link", "fetch it (git annex get, datalad get)"),
+    "label not fetched": Bad("_not_fetched", "no such file behind this link", "fetch it", True),
     "constant": Bad("_constant", "constant image, all voxels equal 7.0", "export it again"),
     "sheared": Bad("_sheared", "direction is not orthonormal", "resample it onto an orthogonal grid"),
     "label shape": Bad(
@@ -233,6 +257,21 @@ def test_duplicate_case_names_and_the_remedy(tmp_path):
     assert [case.identifier for case in planned.cases] == ["p1_scan", "p2_scan"]
 
 
+def test_duplicates_that_are_label_maps(tmp_path):
+    for folder in ("imagesTr", "labelsTr"):
+        write(tmp_path / "images" / folder / "a.nii.gz", voxels())
+    told = message_of(tmp_path)
+    assert f"set --labels {tmp_path / 'images' / 'labelsTr'}" in told and "--names path" not in told
+
+
+def test_duplicates_of_a_source_without_names(tmp_path):
+    for session in ("ses-1", "ses-2"):
+        write(tmp_path / "bids" / "sub-1" / session / "anat" / "sub-1_T1w.nii.gz", voxels())
+    with pytest.raises(NnsslError, match="case sub-1_T1w: duplicate case name: ") as caught:
+        convert(plan_bids(tmp_path / "bids"), tmp_path / "Dataset001_Bad")
+    assert "rename all but one" in str(caught.value) and "--names" not in str(caught.value)
+
+
 def test_names_that_become_one_after_cleaning(tmp_path):
     write(tmp_path / "images" / "scan 1.nii.gz", voxels(1))
     write(tmp_path / "images" / "scan-1.nii.gz", voxels(2))
@@ -291,6 +330,54 @@ def test_dicom_damaged_slice(tmp_path):
     path = tmp_path / "images" / "p1" / "slice003.dcm"
     path.write_bytes(b"\0" * 128 + b"DICM" + b"nonsense")
     assert "unreadable: 1 of 6 DICOM files, e.g. slice003.dcm" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".dcm", ""])
+def test_dicom_slice_that_is_not_fetched(tmp_path, suffix):
+    dicom_series(tmp_path / "images" / "p1", suffix=suffix)
+    _not_fetched(tmp_path / "images" / "p1" / f"slice006{suffix}")
+    told = message_of(tmp_path, channels=[])
+    assert "1 link(s) to missing files beside " in told and f"e.g. slice006{suffix}\n" in told
+
+
+def test_file_without_ending_that_cannot_be_opened(tmp_path):
+    images, _ = labelled_folder(tmp_path)
+    (images / "notes").symlink_to("notes")  # a circle: root may open anything else
+    assert f"{images / 'notes'}: unreadable: Too many levels of symbolic links" in message_of(tmp_path)
+    planned = plan_folder(images, channels=["MRI"])
+    assert len(convert(planned, tmp_path / "Dataset001_Rest", skip_bad=True).cases) == 3
+
+
+def test_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    images, _ = labelled_folder(tmp_path)
+    closed = write(images / "closed" / "d.nii.gz", voxels()).parent
+    scandir = os.scandir
+
+    def denied(path):  # as for others than root
+        if str(path) == str(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    assert f"{closed}: folder cannot be read: Permission denied" in message_of(tmp_path)
+    planned = plan_folder(images, channels=["MRI"])
+    assert len(convert(planned, tmp_path / "Dataset001_Rest", skip_bad=True).cases) == 3
+
+
+@pytest.mark.parametrize("name", ["b.Nii.gz", "b.nii.GZ", "b.Nii", "b.MHA"])
+def test_ending_in_letters_that_itk_does_not_read(tmp_path, name):
+    good = write(tmp_path / "images" / name.lower(), voxels())
+    good.rename(good.with_name(name))
+    ending = name.removeprefix("b")
+    told = message_of(tmp_path)
+    assert f"{good.with_name(name)}: ending {ending} is not read" in told and f"end in {ending.lower()}" in told
+
+
+def test_without_a_good_case_its_problems_are_told_first(tmp_path):
+    dicom_series(tmp_path / "images" / "p1")
+    dicom_series(tmp_path / "images" / "p1", series="1.2.3.4.2", start=50)
+    told = message_of(tmp_path, channels=[])
+    assert "mixed series: 2 DICOM series in one folder" in told and "do not tell their modality" not in told
 
 
 def test_single_dicom_slice_is_2d(tmp_path):

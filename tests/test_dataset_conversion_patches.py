@@ -139,6 +139,19 @@ def test_small_volumes_are_padded_around_their_place(dataset, tmp_path):
     assert not mask[:2].any() and not mask[12:].any()
 
 
+def test_labels_are_padded_with_background_whatever_their_lowest_value(dataset, tmp_path):
+    write(dataset / "labelsTr" / "s0_0.nii.gz", np.ones((10, 12, 14), np.uint8))
+    convert(plan_patches(dataset, PatchSettings(1, (14, 8, 8)), limit=1), tmp_path / "Dataset002_Patches")
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "Dataset002_Patches/labelsTr/s0_0_p000.nii.gz")))
+    assert mask[2:12].all() and not mask[:2].any() and not mask[12:].any()
+
+
+def test_hidden_files_are_no_cases(dataset):
+    (dataset / "imagesTr" / "._s0_0_0000.nii.gz").write_bytes(b"what macOS leaves behind")
+    planned = plan_patches(dataset, PatchSettings(1, (4, 4, 4)))
+    assert not planned.problems and len(planned.cases) == 6
+
+
 def test_sizes_in_mm_follow_the_spacing(dataset):
     planned = plan_patches(dataset, PatchSettings(1, (12.5, 4.8, 4.2), unit="mm"), limit=1)
     crop = planned.cases[0].channels[0].crop

@@ -60,8 +60,20 @@ def test_decathlon_fourth_axis_becomes_channels(tmp_path):
 
 def test_decathlon_with_more_channels_named_than_there_are(tmp_path):
     task = decathlon(tmp_path / "Task77_Demo", ("FLAIR", "T1w"))
-    with pytest.raises(NnsslError, match="no volume 2 along a fourth axis"):
+    with pytest.raises(NnsslError, match=r"2 volume\(s\) .*, but 3 channel name\(s\): a, b, c"):
         converted(plan_msd(task, ("a", "b", "c"))[1], tmp_path)
+
+
+@pytest.mark.parametrize("names", [("T1w",), ("FLAIR", "T1w")])
+def test_decathlon_with_fewer_channels_named_than_there_are(tmp_path, names):
+    task = decathlon(tmp_path / "Task77_Demo", ("FLAIR", "T1w", "CT"), names=("a",))
+    with pytest.raises(NnsslError) as caught:
+        converted(plan_msd(task, names)[1], tmp_path)
+    told = (
+        f"3 volume(s) along the fourth axis (14x12x10x3 voxels), but {len(names)} channel name(s): {', '.join(names)}"
+    )
+    assert f"case a: {task / 'imagesTr' / 'a.nii.gz'}: {told}" in str(caught.value)
+    assert "name every volume, in order, with --channels" in str(caught.value)
 
 
 def test_cut_down_decathlon_is_noted_and_half_a_case_is_a_problem(tmp_path):
@@ -72,6 +84,9 @@ def test_cut_down_decathlon_is_noted_and_half_a_case_is_a_problem(tmp_path):
     planned = plan_msd(task)[1]
     assert planned.notes == ("1 of 3 cases in dataset.json are not in the folder",)
     assert [case.identifier for case in planned.cases] == ["a", "b"] and not planned.problems
+    for folder in ("imagesTr", "labelsTr"):
+        (task / folder / "c.nii.gz").symlink_to("not_fetched")
+    assert [p.what for p in plan_msd(task)[1].problems] == [f"case c: {task / 'imagesTr' / 'c.nii.gz'}: no such file"]
     (task / "labelsTr" / "b.nii.gz").unlink()
     with pytest.raises(NnsslError, match=r"case b: .*labelsTr/b.nii.gz: no such file"):
         converted(plan_msd(task)[1], tmp_path)
@@ -151,6 +166,66 @@ def test_dicom_folder_itself_is_the_case(tmp_path):
     assert planned.channel_names == ("MRI",)
 
 
+def test_folder_here_is_named_as_the_folder(tmp_path, monkeypatch):
+    dicom_series(tmp_path / "patient")
+    monkeypatch.chdir(tmp_path / "patient")
+    assert [case.identifier for case in plan_folder(Path(".")).cases] == ["patient"]
+
+
+def test_dicom_files_that_end_in_dicom(tmp_path):
+    dicom_series(tmp_path / "p1", suffix=".dicom")
+    assert [len(case.channels[0].files) for case in plan_folder(tmp_path).cases] == [6]
+
+
+def test_dicom_slices_with_a_rescaling_each(tmp_path):
+    import pydicom
+
+    expected = dicom_series(tmp_path / "in" / "p1", modality="PT").astype(np.float32)
+    for path in (tmp_path / "in" / "p1").iterdir():
+        slice_ = pydicom.dcmread(path)
+        z = 6 - slice_.InstanceNumber
+        slice_.RescaleSlope, slice_.RescaleIntercept = (1 + 0.25 * z), 0
+        expected[z] = (expected[z] + 1024) * (1 + 0.25 * z)
+        slice_.save_as(path)
+    target, _ = converted(plan_folder(tmp_path / "in"), tmp_path)
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(target / "imagesTr" / "p1_0000.nii.gz")))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_hidden_folders_are_left_out_and_linked_ones_are_not(tmp_path):
+    for hidden in (".git/annex/objects", ".snapshots"):
+        write(tmp_path / "in" / hidden / "old.nii.gz", voxels())
+        dicom_series(tmp_path / "in" / hidden / "series")
+    write(tmp_path / "elsewhere" / "b.nii.gz", voxels(1))
+    write(tmp_path / "in" / "a.nii.gz", voxels())
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "in")
+    assert [case.identifier for case in plan_folder(tmp_path / "in", channels=["MRI"]).cases] == ["a", "b"]
+    anat = write(tmp_path / "bids" / "sub-1" / ".git" / "anat" / "sub-1_T1w.nii.gz", voxels()).parent
+    (tmp_path / "bids" / "sub-2").mkdir()
+    (tmp_path / "bids" / "sub-2" / "anat").symlink_to(anat)
+    (case,) = plan_bids(tmp_path / "bids").cases
+    assert case.channels[0].path.parent == tmp_path / "bids" / "sub-2" / "anat"
+
+
+def test_labels_that_are_links_below_the_images(tmp_path):
+    images, labels = labelled_folder(tmp_path, ("a",))
+    (images / "labels").mkdir()
+    (images / "labels" / "a.nii.gz").symlink_to(labels / "a.nii.gz")
+    planned = plan_folder(images, channels=["MRI"], labels=images / "labels")
+    assert [case.label.path for case in planned.cases] == [images / "labels" / "a.nii.gz"] and not planned.problems
+
+
+def test_images_below_the_folder_of_labels(tmp_path):
+    write(tmp_path / "all" / "images" / "a.nii.gz", voxels())
+    write(tmp_path / "all" / "a_seg.nii.gz", label())
+    given = {"channels": ["MRI"], "labels": tmp_path / "all"}
+    (case,) = plan_folder(tmp_path / "all" / "images", **given, label_suffix="_seg").cases
+    assert case.label.path == tmp_path / "all" / "a_seg.nii.gz"
+    with pytest.raises(NnsslError, match="images and labels lie in one folder"):
+        plan_folder(tmp_path / "all" / "images", **given)
+
+
 def test_channels_by_given_suffixes_with_labels_beside_them(tmp_path):
     for case in ("p1", "p2"):
         for seed, suffix in enumerate(("_t1", "_t1ce", "_seg", "_notes")):
@@ -188,6 +263,18 @@ def test_numbered_names_are_channels_only_if_they_look_like_it(tmp_path):
         "scan_0001",
         "scan_0002",
     ]
+
+
+def test_the_way_out_where_numbers_tell_cases_apart(tmp_path):
+    for name in ("siteA_0000", "siteA_0001", "siteA_0002", "siteB_0000", "siteB_0001"):
+        write(tmp_path / f"{name}.nii.gz", voxels())
+    with pytest.raises(NnsslError) as caught:
+        plan_folder(tmp_path, channels=["CT"])
+    assert 'numbers tell cases apart and not channels, set --channel-suffixes ""' in caught.value.fix
+    (problem,) = plan_folder(tmp_path, channels=["a", "b", "c"]).problems
+    assert "no channel _0002" in problem.what and '--channel-suffixes ""' in problem.fix
+    planned = plan_folder(tmp_path, channels=["CT"], channel_suffixes=[""])
+    assert len(planned.cases) == 5 and planned.cases[0].identifier == "siteA_0000" and not planned.problems
 
 
 def test_rounded_label_header_is_set_to_the_images(tmp_path):
@@ -301,6 +388,19 @@ def test_nnssl_collection_there_and_back(tmp_path, monkeypatch):
     listing.write_text('{"collection_name": "x", "datasets": {"1": {}}}')
     with pytest.raises(NnsslError, match="is no nnssl collection"):
         plan_collection(listing)
+
+
+def test_nnssl_export_of_files_that_are_no_cases(tmp_path):
+    images, _ = labelled_folder(tmp_path, ("a",))
+    target, _ = converted(plan_folder(images, channels=["CT"]), tmp_path)
+    (target / "imagesTr" / "._a_0000.nii.gz").write_bytes(b"what macOS leaves behind")
+    assert list(export_collection(target)["datasets"]["001"]["subjects"]) == ["a"]
+    for name in ("old_seg", "a_0001"):  # the second: no such channel
+        path = write(target / "imagesTr" / f"{name}.nii.gz", voxels())
+        with pytest.raises(NnsslError, match=r"is no CASE_0000.nii.gz of a channel in dataset.json \(0\)") as caught:
+            export_collection(target)
+        assert str(path) in caught.value.what
+        path.unlink()
 
 
 def image_only(tmp_path: Path, ending: str = ".nii.gz", listing: bool = True) -> Path:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -149,6 +150,16 @@ def test_killed_conversion_leaves_nothing(tmp_path, how):
     with whole_folder(target):
         pass
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_what_a_container_of_the_same_name_and_process_number_left_is_no_obstacle(tmp_path):
+    target, host = tmp_path / "Dataset001_Demo", socket.gethostname()
+    ours, of_another = (tmp_path / f".{target.name}.partial-{host}{end}" for end in (f"-{os.getpid()}", "-2-1234"))
+    for left in (ours, of_another):
+        left.mkdir()
+    with whole_folder(target) as building:
+        assert building == ours
+    assert sorted(tmp_path.iterdir()) == sorted([target, of_another])
 
 
 def test_a_running_conversion_is_not_taken_for_a_dead_one(tmp_path):

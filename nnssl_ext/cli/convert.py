@@ -148,8 +148,12 @@ def _report(a: argparse.Namespace, target: Path, done: Converted, summary: str) 
     else:
         print("wrote " + summary.format(len(good), target))
         number = int(target.name[7:10])
+        earlier = Path(os.environ.get("nnUNet_preprocessed", ""), target.name)
+        if has_data := "nnUNet_preprocessed" in os.environ and earlier.is_dir():
+            print(f"note: {earlier} is of an earlier {target.name}: delete it, with its split, if the cases changed")
         print(
             f"next: nnUNetv2_plan_and_preprocess -d {number} -pl nnsslPlannerPrimusM -c 3d_fullres --verify_dataset_integrity"
+            + " --clean" * has_data
         )
     if done.problems and a.skip_bad:
         told = "\n".join(str(NnsslError(problem.what, problem.fix)) for problem in done.problems)
@@ -237,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="TEXT",
-        help="endings that tell the channels of a case apart, e.g. _t1 _t2 (by default _0000 _0001 ... if all names have them)",
+        help='endings that tell the channels of a case apart, e.g. _t1 _t2 (by default _0000 _0001 ... if all names have them; "": none)',
     )
     sub.add_argument(
         "--names", choices=("file", "path"), default="file", help="name cases by file, or by folders and file"

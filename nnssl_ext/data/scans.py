@@ -8,9 +8,13 @@ writing to a full disk is no error.
 from __future__ import annotations
 
 import gzip
+import io
+import os
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -33,22 +37,33 @@ def read_scan(path: Path) -> sitk.Image:
     return as_3d(read_files([path]), path)
 
 
-def read_files(files: Sequence[Path]) -> sitk.Image:
+def read_files(files: Sequence[Path], pixel_type: int = sitk.sitkUnknown) -> sitk.Image:
     """The image in a file, or in the slices of a DICOM series in order.
 
+    Args:
+        files: one file, or the slices.
+        pixel_type: SimpleITK's, to convert to; by default as stored (of a series, as in its first slice).
+
     Raises:
-        NnsslError: missing, unreadable or truncated file, naming it, the reason and the remedy.
+        NnsslError: missing, unreadable or truncated file, a voxel size that is zero or not finite, naming the file, the
+            reason and the remedy.
     """
     path = files[0] if len(files) == 1 else files[0].parent
-    missing = [f for f in files if not f.is_file()]
+    missing = [f for f in files if not os.path.isfile(f)]
     if missing:
+        linked = os.path.islink(missing[0])
         raise NnsslError(
-            f"{missing[0]}: no such file", "check the path, restore the file, or take the case out of the listing"
+            f"{missing[0]}: no such file{' behind this link' if linked else ''}",
+            ("fetch it (git annex get, datalad get), " if linked else "")
+            + "check the path, restore the file, or take the case out of the listing",
         )
+    ending = re.search(r"\.(nii(\.gz)?|mh[ad])$", path.name, re.IGNORECASE)
+    if ending and ending[0] != ending[0].lower() and ending[0] not in (".NII", ".NII.GZ"):  # as ITK's readers have it
+        raise NnsslError(f"{path}: ending {ending[0]} is not read", f"rename it to end in {ending[0].lower()}")
     if path.name.lower().endswith((".nii", ".nii.gz")):
         check_nifti(path)
     try:
-        return sitk.ReadImage([str(f) for f in files] if len(files) > 1 else str(path))
+        return sitk.ReadImage([str(f) for f in files] if len(files) > 1 else str(path), pixel_type)
     except RuntimeError as error:
         if "orthonormal" in str(error):
             raise _not_orthonormal(path) from error
@@ -59,13 +74,17 @@ def as_3d(image: sitk.Image, path: Path) -> sitk.Image:
     """The image without further axes of length 1, once sure that it is one 3D volume on an orthogonal grid.
 
     Raises:
-        NnsslError: 2D or 4D; several values per voxel; non-orthonormal direction; spacing that is not positive.
+        NnsslError: 2D or 4D; several or complex values per voxel; non-orthonormal direction; spacing not positive.
     """
     while image.GetDimension() > 3 and image.GetSize()[-1] == 1:
         image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
     size = "x".join(map(str, image.GetSize()))
     if image.GetNumberOfComponentsPerPixel() > 1:
         raise NnsslError(f"{path}: {image.GetNumberOfComponentsPerPixel()} values per voxel where 1 is needed", _SPLIT)
+    if image.GetPixelID() in (sitk.sitkComplexFloat32, sitk.sitkComplexFloat64):
+        raise NnsslError(
+            f"{path}: complex values where real ones are needed", "convert it to magnitude, or leave the file out"
+        )
     if image.GetDimension() > 3:
         raise NnsslError(f"{path}: {image.GetDimension()}D ({size} voxels) where 3D is needed", _SPLIT)
     if image.GetDimension() < 3 or min(image.GetSize()) < 2:
@@ -142,13 +161,15 @@ def on_grid_of(image: sitk.Image, path: Path, reference: sitk.Image, reference_p
 
 
 def check_nifti(path: Path) -> None:
-    """That a NIfTI file holds all the voxels its header promises, and only finite ones.
+    """That a NIfTI file holds all the voxels its header promises, only finite ones, and that these have a size.
 
     Raises:
         NnsslError: it does not, or it is no NIfTI file.
     """
     try:
-        proxy = nibabel.load(path).dataobj  # type: ignore[attr-defined]
+        image: Any = nibabel.load(path)
+        proxy = image.dataobj
+        sizes = _voxel_sizes(path, image)
         expected = int(np.prod(proxy.shape)) * proxy.dtype.itemsize
         found, wrong = _scanned(path, int(proxy.offset), proxy.dtype)
     except nibabel.filebasedimages.ImageFileError as error:
@@ -157,6 +178,11 @@ def check_nifti(path: Path) -> None:
         raise NnsslError(f"{path}: truncated or damaged: {error}", AGAIN) from error
     except (OSError, ValueError) as error:
         raise NnsslError(f"{path}: unreadable: {_last_line(error)}", AGAIN) from error
+    if not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise NnsslError(
+            f"{path}: voxel size {'x'.join(f'{size:g}' for size in sizes)} mm (x, y, z) in the header",
+            "correct pixdim in the header, or leave the file out",
+        )
     if found < expected:
         raise NnsslError(f"{path}: truncated: {found} of {expected} bytes of voxels are there", AGAIN)
     if wrong:
@@ -173,7 +199,7 @@ def _corners_apart(a: sitk.Image, b: sitk.Image) -> float:
 def _scanned(path: Path, offset: int, dtype: np.dtype) -> tuple[int, int]:
     """Bytes of voxels in a NIfTI file, unpacked, and how many floating-point voxels are NaN or infinite."""
     found = wrong = 0
-    with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as stream:
+    with _unpacked(path) as stream:
         stream.read(offset)
         while block := stream.read(1 << 22):  # a multiple of every voxel size, and never short before the end
             found += len(block)
@@ -181,6 +207,17 @@ def _scanned(path: Path, offset: int, dtype: np.dtype) -> tuple[int, int]:
                 whole = len(block) // dtype.itemsize
                 wrong += whole - int(np.isfinite(np.frombuffer(block, dtype, whole)).sum())
     return found, wrong
+
+
+def _voxel_sizes(path: Path, image: Any) -> np.ndarray:
+    """mm along x, y, z as the header has them: nibabel (unless told not to check) and ITK turn 0 into 1."""
+    with _unpacked(path) as stream:
+        header = type(image.header).from_fileobj(stream, check=False)
+    return np.abs(header["pixdim"][1 : 1 + min(3, len(image.shape))])  # a sign is legal
+
+
+def _unpacked(path: Path) -> io.BufferedIOBase:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")
 
 
 def _not_finite(path: Path, wrong: int, voxels: int) -> NnsslError:
