@@ -154,6 +154,39 @@ def test_what_changes_the_figures_is_computed_again(dataset, tmp_path, monkeypat
     assert changed == {"test"}  # another strength there, the same curves on development pairs
 
 
+def test_labels_that_changed_are_scored_again(dataset, tmp_path, monkeypatch):
+    """Corrected, or told to be ignored; without touching the other pairs."""
+    import shutil
+
+    import SimpleITK as sitk
+
+    changing, out = tmp_path / dataset.name, tmp_path / "out"
+    shutil.copytree(dataset, changing)
+
+    def touched() -> set[str]:
+        before = {path: path.stat().st_mtime_ns for path in out.rglob("cells/**/*.json")}
+        assert call(monkeypatch, changing, out, "--last", "-m", "none") == 0
+        return {path.name for path in out.rglob("cells/**/*.json") if path.stat().st_mtime_ns != before.get(path)}
+
+    assert len(touched()) == 2 and not touched()
+    label = sitk.ReadImage(str(changing / "labelsTr" / "blob_5.nii.gz"))
+    label[:, :, :8] = 2 * label[:, :, :8]
+    sitk.WriteImage(label, str(changing / "labelsTr" / "blob_5.nii.gz"))
+    assert touched() == {"blob_5_to_blob_4_seed0.json"}
+    write_json(
+        changing / "dataset.json", {"file_ending": ".nii.gz", "labels": {"background": 0, "blob": 1, "ignore": 2}}
+    )
+    assert len(touched()) == 2
+    for each in read_json(out / "report.json")["methods"][0]["test_pairs"].values():
+        assert "dice_1" in each and "dice_2" not in each
+
+
+def test_a_file_for_a_folder_is_named_before_any_work(dataset, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NnsslError, match="file is a file"):
+        call(monkeypatch, dataset, tmp_path / "file", "-m", "no.pth")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

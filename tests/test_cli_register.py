@@ -127,6 +127,9 @@ def test_a_batch_survives_bad_pairs_and_goes_on_where_it_stopped(tmp_path, monke
         ("name,fixed,moving\n../p,a,b", "no new folder name"),
         ("name,fixed,moving\n..,a,b", "line 2: '..' is no new folder name"),
         ("name,fixed,moving\na\\b,a,b", "no new folder name"),
+        ("name,fixed,moving\nfailures.json,a,b", "line 2: 'failures.json' is no new folder name"),
+        ("fixed,moving,fixed\na,b,c", "more than one column fixed"),
+        ('name,fixed,moving\n\n,,\n"p\nq",a,b\nr,a,', "line 6: no fixed or no moving"),
     ],
 )
 def test_bad_lists_are_named(tmp_path, content, words):
@@ -171,3 +174,126 @@ def test_a_network_that_changed_is_asked_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(register, "version", lambda _: "another")
     assert call(monkeypatch, *flags) == 0
     assert "done before" not in capsys.readouterr().out
+
+
+def test_lines_without_any_value_are_skipped(tmp_path):
+    (tmp_path / "pairs.csv").write_text("name,fixed,moving\n,,\np,a,b\n , ,\n")
+    assert list(read_pairs(tmp_path / "pairs.csv")) == ["p"]
+
+
+def test_files_that_changed_are_registered_again(tmp_path, monkeypatch, capsys):
+    """Under the same names: scan, mask, labels and start, corrected or of another working folder."""
+    out, rows = (
+        tmp_path / "out",
+        ["name,fixed,moving,fixed_mask,moving_labels,init", "p,f.nrrd,m.nrrd,k.nrrd,l.nrrd,s.tfm"],
+    )
+    label = np.ones((16, 18, 20), np.uint8)
+
+    def write_all(folder):
+        scan(folder / "f.nrrd"), scan(folder / "m.nrrd", 1)
+        write(folder / "k.nrrd", label), write(folder / "l.nrrd", label)
+        sitk.WriteTransform(sitk.TranslationTransform(3, (1.0, 0.0, 0.0)), str(folder / "s.tfm"))
+        (folder / "pairs.csv").write_text("\n".join(rows))
+
+    def done_before(folder) -> bool:
+        monkeypatch.chdir(folder)
+        assert call(monkeypatch, "--pairs", "pairs.csv", "-c", "mind", "-o", out, *QUICK) == 0
+        return "done before" in capsys.readouterr().out
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    write_all(first), write_all(second)
+    scan(second / "m.nrrd", 2)
+    assert [done_before(folder) for folder in (first, first, second, second)] == [False, True, False, True]
+    smaller = label.copy()
+    smaller[:, :, :4] = 0
+    for change in (
+        lambda: write(second / "k.nrrd", smaller),
+        lambda: write(second / "l.nrrd", smaller),
+        lambda: sitk.WriteTransform(sitk.TranslationTransform(3, (2.0, 0.0, 0.0)), str(second / "s.tfm")),
+    ):
+        change()
+        assert [done_before(second), done_before(second)] == [False, True]
+
+
+def test_a_start_for_all_that_changed_is_another_one(tmp_path, monkeypatch, capsys):
+    scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
+    (tmp_path / "pairs.csv").write_text("fixed,moving\na.nii.gz,b.nii.gz")
+    flags = ["--pairs", tmp_path / "pairs.csv", "-c", "mind", "-o", tmp_path / "out", "--init", tmp_path / "s.tfm"]
+    for shift in (1.0, 2.0):
+        sitk.WriteTransform(sitk.TranslationTransform(3, (shift, 0.0, 0.0)), str(tmp_path / "s.tfm"))
+        assert call(monkeypatch, *flags, *QUICK) == 0
+        assert "done before" not in capsys.readouterr().out
+
+
+def test_inputs_are_not_replaced_by_results(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    fixed, moving = scan(out / "f.nii.gz"), scan(out / "warped.nii.gz", 1)
+    before = sha256_of(moving)
+    (tmp_path / "link").symlink_to(out)
+    monkeypatch.setattr("nnssl_ext.registration.features.load_features", lambda *_: pytest.fail("too late"))
+    flags = ["-f", fixed, "-m", moving, "-c", "mind", *QUICK]
+    for folder in (out, tmp_path / "link"):
+        with pytest.raises(NnsslError, match=r"warped\.nii\.gz would be replaced") as told:
+            call(monkeypatch, *flags, "-o", folder)
+        assert "another -o" in told.value.fix and sha256_of(moving) == before
+
+
+def test_only_results_of_ours_are_replaced(tmp_path, monkeypatch):
+    fixed, moving, out = scan(tmp_path / "f.nii.gz"), scan(tmp_path / "m.nii.gz", 1), tmp_path / "out"
+    flags = ["-f", fixed, "-m", moving, "-c", "mind", "-o", out, *QUICK]
+    out.mkdir()
+    for name, content in (("overview.png", "mine"), (MEASURES, '{"heart rate": 70}'), (MEASURES, "[]")):
+        (out / name).write_text(content)
+        with pytest.raises(NnsslError, match=f"{name} is not known to come from a registration"):
+            call(monkeypatch, *flags)
+        assert (out / name).read_text() == content
+        (out / name).unlink()
+    assert call(monkeypatch, *flags) == 0 and call(monkeypatch, *flags) == 0
+
+
+def test_what_a_killed_run_leaves_is_replaced(tmp_path, monkeypatch):
+    fixed, moving, out = scan(tmp_path / "f.nii.gz"), scan(tmp_path / "m.nii.gz", 1), tmp_path / "out"
+    flags = ["-f", fixed, "-m", moving, "-c", "mind", "-o", out, *QUICK]
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("nnssl_ext.registration.outputs.measure", killed)
+        call(patched, *flags)
+    assert (out / "warped.nii.gz").exists() and not (out / MEASURES).exists()
+    assert call(monkeypatch, *flags) == 0
+    assert {path.name for path in out.iterdir()} == FILES
+
+
+def test_measures_that_are_none_do_not_end_the_batch(tmp_path, monkeypatch):
+    scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
+    (tmp_path / "pairs.csv").write_text("name,fixed,moving\np,a.nii.gz,b.nii.gz\nq,b.nii.gz,a.nii.gz")
+    (tmp_path / "out" / "p").mkdir(parents=True)
+    (tmp_path / "out" / "p" / MEASURES).write_text("[]")
+    assert call(monkeypatch, "--pairs", tmp_path / "pairs.csv", "-c", "mind", "-o", tmp_path / "out", *QUICK) == 2
+    failures = read_json(tmp_path / "out" / "failures.json")
+    assert list(failures) == ["p"] and MEASURES in failures["p"] and (tmp_path / "out" / "q" / MEASURES).exists()
+
+
+@pytest.mark.parametrize("below", ["", "pair"])
+def test_a_file_for_a_folder_is_named_before_any_work(tmp_path, monkeypatch, below):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "pairs.csv").write_text("fixed,moving\na,b")
+    for given in (["-f", "a", "-m", "b"], ["--pairs", tmp_path / "pairs.csv"]):
+        with pytest.raises(NnsslError, match="file is a file"):
+            call(monkeypatch, *given, "-c", "no.pth", "-o", tmp_path / "file" / below, *QUICK)
+
+
+def test_a_start_without_inverse_is_refused_before_any_work(tmp_path, monkeypatch):
+    fixed, moving, field = scan(tmp_path / "f.nii.gz"), scan(tmp_path / "m.nii.gz", 1), tmp_path / "transform.h5"
+    image = sitk.Image(20, 18, 16, sitk.sitkVectorFloat64)
+    sitk.WriteTransform(sitk.DisplacementFieldTransform(image), str(field))
+    (tmp_path / "pairs.csv").write_text("name,fixed,moving,init\np,f.nii.gz,m.nii.gz,transform.h5")
+    flags = ["-c", "mind", "--inverse", "-o", tmp_path / "out", *QUICK]
+    monkeypatch.setattr("nnssl_ext.registration.pipeline.register_pair", lambda *_: pytest.fail("too late"))
+    with pytest.raises(NnsslError, match=r"transform\.h5 cannot be inverted") as told:
+        call(monkeypatch, "-f", fixed, "-m", moving, "--init", field, *flags)
+    assert "--inverse" in told.value.fix and not (tmp_path / "out").exists()
+    assert call(monkeypatch, "--pairs", tmp_path / "pairs.csv", *flags) == 2
+    assert "cannot be inverted" in read_json(tmp_path / "out" / "failures.json")["p"]

@@ -68,6 +68,12 @@ def test_points_see_their_own_voxel_at_any_stride(cases):
     assert np.allclose(table[inner], points[inner], atol=1e-3)
 
 
+def test_ignored_voxels_neither_teach_nor_are_scored(cases):
+    """The tiny dataset's one label, called the ignored one: nothing is left to ask about."""
+    assert not Probe(cases, CROP, ignore=1)
+    assert all((crop.labels != 2).all() for crop in Probe(cases, CROP, ignore=2).teach)
+
+
 def test_labels_are_those_under_the_points(cases):
     for crop in Probe(cases, CROP).teach:
         whole = blosc2.open(str(crop.case.folder / f"{crop.case.identifier}_seg.b2nd"))[0]

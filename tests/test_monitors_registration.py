@@ -41,6 +41,25 @@ def test_features_that_show_the_image_bring_a_moved_copy_back_and_noise_does_not
     assert not any(knows.modes)
 
 
+def test_features_that_are_not_finite_end_no_run(cases):
+    told = RegistrationProbe(cases, 2, "encoder0", (16, 16, 16)).say(AtStrideOne(lambda x: x / 0), CPU)
+    assert np.isnan(list(told.values())).all()
+
+
+def test_the_ignored_label_is_no_structure(tmp_path):
+    """Label 2 is in the fixed image alone: as a structure it would score 0 and halve the mean."""
+    image = gaussian_filter(np.random.default_rng(0).normal(size=(1, 16, 18, 16)), (0, 2, 2, 2)).astype(np.float32)
+    for name, volume in (("a", image), ("b", np.roll(image, 2, 1))):
+        labels = (volume > 0.05).astype(np.int8)
+        labels[:, :2] = 2 if name == "a" else 0
+        nnUNetDatasetBlosc2.save_case(volume, labels, {"spacing": [1.0, 1.0, 1.0]}, str(tmp_path / name))
+    cases = list_cases(tmp_path, (1.0, 1.0, 1.0))
+    with_it, without = (RegistrationProbe(cases, 1, "encoder0", (16, 16, 16), ignore) for ignore in (None, 2))
+    shows = AtStrideOne(lambda x: x)
+    expected = without.say(shows, CPU)["registration_dice"] / 2
+    assert with_it.say(shows, CPU)["registration_dice"] == pytest.approx(expected)
+
+
 def test_pairs_are_neighbours_spread_over_the_cases(cases):
     names = [(a.identifier, b.identifier) for a, b in RegistrationProbe(cases[::-1], 3, "", (16, 16, 16)).pairs]
     assert names == [("case_00", "case_01"), ("case_02", "case_03"), ("case_04", "case_05")]

@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import write_json
+from nnssl_ext.files import read_json, write_json
 from nnssl_ext.networks.build import build_network
 from nnssl_ext.registration.benchmark.cells import landmark_error
 from nnssl_ext.registration.benchmark.classical import CLASSICAL
@@ -25,6 +25,7 @@ from nnssl_ext.registration.benchmark.pairs import Split, cases_of, dataset_pair
 from nnssl_ext.registration.benchmark.selection import BEYOND, Curve, best
 from nnssl_ext.registration.features import Intensity
 from nnssl_ext.registration.images import load_scan
+from nnssl_ext.registration.outputs import _overlap
 from nnssl_ext.registration.pipeline import PairSettings, describe_pair
 from nnssl_ext.registration.warp import warp
 
@@ -109,6 +110,60 @@ class TestPairs:
         assert [pair.cases[0] for pair in split.development] == ["Task_0002", "Task_0003"]
         assert [pair.cases[0] for pair in split.test] == ["Task_0004"]
 
+    def test_learn2reg_s_forms_of_lists(self, tmp_path):
+        """Pairs as two names, training scans by kind, and subjects that the only number names."""
+        for kind in ("imagesTr", "labelsTr"):
+            (tmp_path / kind).mkdir()
+            for subject in range(1, 6):
+                (tmp_path / kind / f"H_{subject:04}.nii.gz").touch()
+        names = [f"./imagesTr/H_{subject:04}.nii.gz" for subject in range(1, 6)]
+        training = {"0": [{"image": names[0]}, names[1]], "1": [names[2]]}
+        write_json(tmp_path / "H.json", {"training": training, "registration_val": [names[3:5]]})
+        split = learn2reg_pairs(tmp_path / "H.json", 10, 10)
+        assert [pair.cases for pair in split.test] == [("H_0004", "H_0005")]
+        assert [pair.cases for pair in split.development] == [("H_0001", "H_0002"), ("H_0002", "H_0003")]
+
+    def test_two_times_of_a_lone_subject_are_one_case(self, tmp_path):
+        names = [f"./imagesTr/H_0001_{time:04}.nii.gz" for time in range(3)]
+        for kind in ("imagesTr", "labelsTr"):
+            (tmp_path / kind).mkdir()
+            for name in names:
+                (tmp_path / kind / Path(name).name).touch()
+        write_json(tmp_path / "H.json", {"training": names, "registration_val": [names[:2]]})
+        with pytest.raises(NnsslError, match="no development pairs"):
+            learn2reg_pairs(tmp_path / "H.json", 10, 10)
+
+    @pytest.mark.parametrize(
+        ("part", "entry"),
+        [
+            ("registration_val", {"fixed": 5, "moving": 6}),
+            ("training_paired_images", {"0": "a.nii.gz", "1": "b.nii.gz"}),
+            ("registration_test", ["a.nii.gz"]),
+            ("training", {"label": "a.nii.gz"}),
+            ("training", 5),
+        ],
+    )
+    def test_learn2reg_s_other_entries_are_named(self, tmp_path, part, entry):
+        path = self.task(tmp_path)
+        write_json(path, read_json(path) | {part: [entry]})
+        with pytest.raises(NnsslError) as told:
+            learn2reg_pairs(path, 10, 10)
+        assert f"{part} has the entry {entry}" in told.value.what and "FILE" in told.value.fix
+
+    def test_what_a_dataset_ignores_is_no_structure(self, tmp_path):
+        """Nor do voxels count that either label file says to ignore."""
+        fixed, moving = (np.zeros((8, 8, 8), np.uint8) for _ in range(2))
+        fixed[2:6, 2:6, 2:6] = moving[2:6, 2:6, 2:6] = 1
+        fixed[2:6, 2:6, 2] = moving[5, 2:6, 2:6] = 2
+        images = [sitk.GetImageFromArray(array) for array in (fixed, moving)]
+        counted = _overlap(*images, sitk.Transform(3, sitk.sitkIdentity), None)
+        ignored = _overlap(*images, sitk.Transform(3, sitk.sitkIdentity), 2)
+        assert counted["dice"]["per_label"].keys() == {"1", "2"} and counted["dice"]["per_label"]["1"] < 1
+        assert ignored["dice"]["per_label"] == {"1": 1.0} and ignored["hd95_mm"]["per_label"] == {"1": 0.0}
+        folder = self.dataset(tmp_path, 8)
+        write_json(folder / "dataset.json", {"file_ending": ".nii.gz", "labels": {"background": 0, "ignore": 2}})
+        assert {pair.ignore for pair in dataset_pairs(folder, 3, 4, 0).test} == {2}
+
 
 class TestSelection:
     strengths = (0.2, 0.6, 1.8, 5.4)
@@ -151,6 +206,16 @@ class TestMethods:
         assert short == Method("mind", "mind")
         assert untrained.name == f"random {tmp_path.name} plans.json" and untrained.checkpoints == []
         assert untrained.files == [tmp_path / "plans.json"]
+
+    def test_paths_may_hold_what_joins_and_what_begins_a_level(self, tmp_path):
+        path = tmp_path / "me@home" / "a+b" / "c.pth"
+        path.parent.mkdir(parents=True)
+        path.touch()
+        method = Method("net", f"{path}@encoder1+mind")
+        assert method.parts == [f"{path}@encoder1", "mind"] and method.checkpoints == method.files == [path]
+        _, control = with_controls([Method("net", f"mind+{path}")], 1, lambda _: "same")
+        assert control.features == f"mind+random:{path}" and control.files == [path]
+        assert parse_methods([str(path)])[0].name == "a+b c.pth"
 
     @pytest.mark.parametrize(
         ("texts", "words"),

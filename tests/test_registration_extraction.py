@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+
 import pytest
 import torch
 from checkpoint_helpers import plans_of, primus, resenc, shake
+from network_plans import PLAIN, unet_plans
 from torch.nn import functional
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.records import Features
 from nnssl_ext.registration import extraction, tiling
-from nnssl_ext.registration.extraction import ExtractionSettings, FeatureMap, _level, extract, extract_pyramid, fits
+from nnssl_ext.registration.extraction import (
+    ExtractionSettings,
+    FeatureMap,
+    _level,
+    extract,
+    extract_pyramid,
+    fits,
+    pass_gib,
+)
 
 STRIDE = (4, 4, 2)
 
@@ -147,10 +161,52 @@ def test_settings_that_do_not_fit_are_named():
 
 def test_large_volumes_go_through_in_tiles_of_the_patch():
     backbone = MeanOfCells()
-    assert fits(backbone, (24, 20, 14), 1.0, torch.device("cpu"))
-    assert not fits(backbone, (24, 20, 14), 1e-5, torch.device("cpu"))
+    assert fits(backbone, (24, 20, 14), False, 1.0, torch.device("cpu"))
+    assert not fits(backbone, (24, 20, 14), False, 1e-5, torch.device("cpu"))
     extract(backbone, ramps(), ExtractionSettings(memory_gib=1e-5), patch_size=(12, 8, 6))
     assert max(backbone.sizes) == (12, 8, 6)
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that live at a time, and most of them at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.holders: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in filter(torch.is_tensor, pytree.tree_leaves(made)):
+            storage = tensor.untyped_storage()
+            self._count(storage._cdata, storage.nbytes(), 1)
+            weakref.finalize(tensor, self._count, storage._cdata, storage.nbytes(), -1)
+        return made
+
+    def _count(self, storage: int, size: int, change: int) -> None:
+        before = self.holders[storage] > 0
+        self.holders[storage] += change
+        self.now += size * ((self.holders[storage] > 0) - before)
+        self.most = max(self.most, self.now)
+
+
+@pytest.mark.parametrize("level", ["", "decoder0"])
+@pytest.mark.parametrize("network", ["tokens", "few tokens of many voxels", "residual", "plain"])
+def test_a_pass_takes_what_is_estimated(network, level):
+    """Never more; no less than 0.4 of it, where a U-Net's decoder is left out."""
+    plain = unet_plans(PLAIN)["configurations"]["3d_fullres"]["architecture"]
+    plain["arch_kwargs"] |= {"n_conv_per_stage": [2, 2, 2], "n_conv_per_stage_decoder": [2, 2]}
+    architecture = {
+        "tokens": primus([32, 32, 32], strides=2, embed_dim=144, eva_numheads=4, decoder_widths=[24, 8]),
+        "few tokens of many voxels": primus([32, 32, 32], strides=3, embed_dim=36, decoder_widths=[24, 16, 12]),
+        "residual": resenc(),
+        "plain": plain,
+    }[network]
+    backbone = build_backbone(plans_of(architecture, [32, 32, 32]), "3d_fullres", 1).eval()
+    volume = torch.randn(1, 32, 32, 32)
+    with Alive() as alive:
+        extract(backbone, volume, ExtractionSettings(level=level))
+    assert 0.4 < alive.most / 2**30 / pass_gib(backbone, (32, 32, 32), decoder=level == "decoder0") <= 1
 
 
 @pytest.mark.parametrize("tiles", [False, True])

@@ -14,7 +14,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_network
 from nnssl_ext.registration.encoder import load_encoder, random_encoder
 from nnssl_ext.registration.extraction import FeatureMap
-from nnssl_ext.registration.features import load_features, pair_features, working_spacing
+from nnssl_ext.registration.features import files_of, load_features, pair_features, parts_of, working_spacing
 from nnssl_ext.registration.projection import fuse, joint_pca
 
 CPU = torch.device("cpu")
@@ -221,6 +221,20 @@ def test_fused_features_of_a_pair(checkpoint):
     fixed, moving = pair_features(sources, volumes, (1.0, 1.0, 1.0), mask, mask)
     assert fixed.shape == moving.shape and fixed.shape[1:] == (12, 13, 14)
     assert fixed.isfinite().all() and moving.isfinite().all()
+
+
+def test_paths_may_hold_what_joins_and_what_begins_a_level(tmp_path):
+    path = tmp_path / "me@home" / "a+b@c" / "last@2.pth"
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, content_of(plans_of(primus([16, 16, 16]), [16, 16, 16])))
+    for part, level in ((f"{path}", ""), (f"{path}@encoder0", "encoder0"), (f"random:{path}@encoder0", "encoder0")):
+        for text in (part, f"mind+{part} + intensity", f"{part}+{part}"):
+            assert part in parts_of(text) and set(files_of(text)) == {path}
+        (source,) = load_features(part, CPU)
+        assert source.extraction.level == level
+    assert parts_of("last.pth@encoder1+mind") == ["last.pth@encoder1", "mind"]
+    with pytest.raises(NnsslError, match="no feature"):
+        load_features(f"{path}x@encoder0", CPU)
 
 
 def test_networks_of_different_spacings_do_not_fuse(tmp_path):

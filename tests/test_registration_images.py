@@ -9,7 +9,7 @@ from scans import image, truncate, voxels, write
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.registration.affine import initial_transform
-from nnssl_ext.registration.images import common_grid, finest_cubes, grid_of, load_scan, place, view_field
+from nnssl_ext.registration.images import Grid, common_grid, finest_cubes, grid_of, load_scan, place, view_field
 
 NONE = sitk.Transform(3, sitk.sitkIdentity)
 SHAPE = (10, 12, 14)
@@ -76,6 +76,18 @@ def test_anisotropic_scans_are_compared_on_cubes_that_cover_them(scan_file):
     corner = place(scan.image, grid)  # only to build the image
     made = grid.image(corner)
     assert np.allclose(made.TransformContinuousIndexToPhysicalPoint((-0.5, -0.5, -0.5)), first, atol=1e-3)
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+def test_beyond_the_border_thick_slices_go_on_as_what_lies_between_them(vectors):
+    """Slices of 3 mm that rise along z: 5 mm beyond the border along x, the grid's slices of 1 mm rise as evenly."""
+    slices = np.broadcast_to(3 * np.arange(4, dtype=np.float32)[:, None, None], (4, 5, 6))
+    image = sitk.GetImageFromArray(np.stack([slices] * 3, -1) if vectors else slices, isVector=vectors)
+    image.SetSpacing((1.0, 1.0, 3.0))
+    grid = Grid((10, 5, 11), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), tuple(np.eye(3).flatten()))
+    expected = np.broadcast_to(np.arange(10.0)[:, None, None], (10, 5, 11))
+    placed = place(image, grid)
+    assert np.allclose(placed, expected[..., None] if vectors else expected, atol=1e-4)
 
 
 def test_the_common_grid_reaches_where_displacements_may_point(tmp_path):

@@ -129,3 +129,4 @@ def test_values_at_places_and_textured_voxels():
     image[:, 10:] = torch.randn(1, 10, 20, 20)
     there = textured(image)
     assert not there[:7].any() and there[13:].all()
+    assert textured(torch.randn(1, 2, 20, 4)).all()  # crops of few thick slices

@@ -22,7 +22,7 @@ from nnssl_ext.registration.extraction import ExtractionSettings
 from nnssl_ext.registration.features import Mind, load_features
 from nnssl_ext.registration.images import load_scan
 from nnssl_ext.registration.outputs import displacement_image, measure, write_outputs
-from nnssl_ext.registration.pipeline import PairSettings, Registration, describe_pair, register_pair
+from nnssl_ext.registration.pipeline import PairSettings, Registration, deform_pair, describe_pair, register_pair
 from nnssl_ext.registration.solver import SolverSettings
 
 SHAPE = (26, 24, 28)
@@ -127,6 +127,15 @@ def test_a_shifted_header_is_a_displacement_of_as_many_mm(tmp_path):
     assert np.abs(np.median(found, axis=0) - (3, 0, 0)).max() < 0.05
 
 
+def test_a_fixed_scan_that_is_moved_out_of_view_is_told(pair):
+    fixed, moving, _ = pair
+    result = registered(fixed, moving)
+    assert not result.notes
+    away = replace(result.field, displacement_voxels=result.field.displacement_voxels + 20.0)
+    described = describe_pair(load_scan(fixed), load_scan(moving), [Mind()], QUICK)
+    assert "out of view" in " ".join(deform_pair(described, lambda: away).notes)
+
+
 def as_cubes(path: Path) -> Path:
     """A scan of 1 x 1 x 2 mm voxels as 1 mm cubes of the same box, by SimpleITK."""
     made = sitk.ReadImage(str(path))
@@ -148,7 +157,7 @@ def test_anisotropic_scans_equal_their_isotropic_resampling(pair, tmp_path):
         sitk.WriteImage(sitk.ReadImage(str(path))[:, :, ::2], str(thick[-1]))
     expected, found = registered(*map(as_cubes, thick)), registered(*thick)
     points = world_points(thick[0])
-    assert np.abs(displacements(found, points) - displacements(expected, points)).max() < 0.1
+    assert np.abs(displacements(found, points) - displacements(expected, points)).max() < 0.06
 
 
 def test_scans_far_from_a_network_s_spacing_are_told(pair, tmp_path):

@@ -84,7 +84,9 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
 
     from nnssl_ext.registration.benchmark.matrix import SDLOGJ, Benchmark
     from nnssl_ext.registration.benchmark.methods import load, parse_methods, untrained_identity, with_controls
+    from nnssl_ext.registration.outputs import check_folder
 
+    check_folder(args.o)
     base = _settings(rest)
     methods = with_controls(parse_methods(args.m), args.controls, untrained_identity)
     against = args.against or [method.name for method in methods if method.features == "mind"]

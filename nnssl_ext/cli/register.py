@@ -79,10 +79,20 @@ def _main() -> int:
     import torch
 
     from nnssl_ext.checkpoints.source import with_local_files
-    from nnssl_ext.registration.batch import PairFiles, read_pairs, run_batch
+    from nnssl_ext.registration.affine import check_invertible
+    from nnssl_ext.registration.batch import PairFiles, read_pairs, run_batch, sums_of
     from nnssl_ext.registration.features import digests_of, load_features
+    from nnssl_ext.registration.outputs import check_folder, check_output
 
-    pairs = {} if single else read_pairs(args.pairs)
+    check_folder(args.o)
+    if single:
+        pair = PairFiles(*one, init=settings.init)
+        check_output(args.o, pair.paths().values())
+        if args.inverse:
+            check_invertible(settings.init)
+        pairs = {}
+    else:
+        pairs = {name: replace(each, init=each.init or settings.init) for name, each in read_pairs(args.pairs).items()}
     device = torch.device(device_name(args.device))
     features = with_local_files(args.c)
     content = digests_of(features)  # before loading: what changes in between is then registered again next time
@@ -100,14 +110,14 @@ def _main() -> int:
     }
 
     def request(files: PairFiles) -> dict[str, Any]:
-        return json.loads(json.dumps({**files.as_json(), **asked}))  # as it reads from a file
+        told = {**files.as_json(), "content": sums_of(files.paths()), **asked}
+        return json.loads(json.dumps(told))  # as it reads from a file
 
     def register(files: PairFiles, folder: Path) -> dict[str, Any]:
         return _register(files, folder, sources, settings, device, request(files), args.inverse)
 
     if single:
-        masks, labels = (args.fixed_mask, args.moving_mask), (args.fixed_labels, args.moving_labels)
-        measures = register(PairFiles(args.f, args.m, *masks, *labels), args.o)
+        measures = register(pair, args.o)
         out.print(*_summary(measures), f"wrote {args.o}", sep="\n", markup=False)
         return 0
     failures = run_batch(pairs, args.o, request, register, lambda line: out.print(line, markup=False))
@@ -131,15 +141,20 @@ def _register(
     inverse: bool,
 ) -> dict[str, Any]:
     """Register one pair into a folder; returns its measures."""
+    from nnssl_ext.registration.affine import check_invertible
     from nnssl_ext.registration.images import load_scan
-    from nnssl_ext.registration.outputs import write_outputs
+    from nnssl_ext.registration.outputs import check_output, write_outputs
     from nnssl_ext.registration.overview import overview
     from nnssl_ext.registration.pipeline import register_pair
     from nnssl_ext.reports.registration import draw_overview
 
+    check_output(folder, files.paths().values())
+    settings = replace(settings, init=files.init or settings.init)
+    if inverse:
+        check_invertible(settings.init)
     fixed = load_scan(files.fixed, files.fixed_mask, files.fixed_labels)
     moving = load_scan(files.moving, files.moving_mask, files.moving_labels)
-    result = register_pair(fixed, moving, sources, replace(settings, init=files.init or settings.init), device)
+    result = register_pair(fixed, moving, sources, settings, device)
     about = [{"name": source.name, "about": source.about} for source in sources]
 
     def draw(path: Path) -> None:

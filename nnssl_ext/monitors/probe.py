@@ -62,11 +62,12 @@ class Probe:
     Args:
         cases: candidates; those whose segmentation holds no foreground are passed over.
         size: voxels of the crops z, y, x, centred on the foreground.
+        ignore: label of voxels that do not count, if there is one.
     """
 
-    def __init__(self, cases: Sequence[Case], size: Size) -> None:
+    def __init__(self, cases: Sequence[Case], size: Size, ignore: int | None = None) -> None:
         chosen = [cases[i] for i in np.linspace(0, len(cases) - 1, min(CASES, len(cases))).round().astype(int)]
-        found = [crop for case in chosen if (crop := _labelled_crop(case, size)) is not None]
+        found = [crop for case in chosen if (crop := _labelled_crop(case, size, ignore)) is not None]
         self.size = size
         self.teach, self.score = found[::2], found[1::2]
 
@@ -184,10 +185,10 @@ def is_labelled(dataset_json: dict[str, Any]) -> bool:
     return set(dataset_json.get("labels", {})) - {"background", "ignore"} not in (set(), {"foreground"})
 
 
-def _labelled_crop(case: Case, size: Size) -> ProbeCase | None:
+def _labelled_crop(case: Case, size: Size, ignore: int | None = None) -> ProbeCase | None:
     """The crop around the middle of a case's foreground, with voxels on a grid over the foreground's box and a margin."""
     segmentation = _segmentation(case)
-    inside = np.argwhere(segmentation > 0)
+    inside = np.argwhere((segmentation > 0) & (segmentation != ignore))
     if not len(inside):
         return None
     start, end = inside.min(axis=0), inside.max(axis=0) + 1
@@ -201,6 +202,7 @@ def _labelled_crop(case: Case, size: Size) -> ProbeCase | None:
         stride += 1
     axes = (np.arange(a, b, stride) for a, b in zip(start, end, strict=True))
     places = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    places = places[segmentation[tuple(places.T)] != ignore]
     labels = np.maximum(segmentation[tuple(places.T)], 0).astype(np.int64)  # -1: outside nnU-Net's nonzero mask
     return ProbeCase(case, (int(lower[0]), int(lower[1]), int(lower[2])), places - lower, labels)
 

@@ -39,18 +39,19 @@ class RegistrationProbe:
         pairs: how many pairs of neighbours, spread evenly over the cases.
         level: of the network, see `ExtractionSettings`.
         tile: voxels per pass where a case needs several.
+        ignore: label that is no structure, if there is one.
 
     Raises:
         NnsslError: fewer than two cases.
     """
 
-    def __init__(self, cases: Sequence[Case], pairs: int, level: str, tile: Size) -> None:
+    def __init__(self, cases: Sequence[Case], pairs: int, level: str, tile: Size, ignore: int | None = None) -> None:
         if len(cases) < 2:
             raise NnsslError(f"{len(cases)} case(s) to register", "give at least two labelled cases")
         neighbours = list(pairwise(sorted(cases, key=lambda case: case.identifier)))
         chosen = np.linspace(0, len(neighbours) - 1, min(pairs, len(neighbours))).round().astype(int)
         self.pairs = [neighbours[number] for number in chosen]
-        self.extraction, self.tile = ExtractionSettings(level), tile
+        self.extraction, self.tile, self.ignore = ExtractionSettings(level), tile, ignore
 
     def say(self, backbone: Backbone, device: torch.device) -> dict[str, float]:
         """``registration_dice``: mean over labels and pairs; ``registration_sdlogj``: the smoothness that was reached.
@@ -62,7 +63,8 @@ class RegistrationProbe:
         backbone.eval()
         figures = [self._register(fixed, moving, backbone, device) for fixed, moving in self.pairs]
         backbone.train(was_training)
-        overlap, roughness = np.nanmean(figures, axis=0)
+        told = [figure for figure in figures if np.isfinite(figure).all()] or [(np.nan, np.nan)]
+        overlap, roughness = np.mean(told, axis=0)
         return {"registration_dice": float(overlap), "registration_sdlogj": float(roughness)}
 
     def _register(self, fixed: Case, moving: Case, backbone: Any, device: torch.device) -> tuple[float, float]:
@@ -71,11 +73,13 @@ class RegistrationProbe:
         images, inside, labels = zip(*(_centred(region, (z, y, x)) for region in regions), strict=True)
         masks = [torch.from_numpy(mask).to(device) for mask in inside]
         maps = [extract(backbone, torch.from_numpy(image).to(device), self.extraction, self.tile) for image in images]
+        if not all(torch.isfinite(found.values).all() for found in maps):
+            return float("nan"), float("nan")  # told as such: nothing that is only asked ends a run
         features = [found.on_grid((z, y, x)) for found in joint_pca(maps[0], maps[1], masks[0], masks[1])]
         found = register_features(features[0], features[1], fixed.spacing, SOLVER, foreground=masks[0])
         field = found.displacement_voxels
         warped = warp(torch.from_numpy(labels[1]).float().to(device)[None], field, "nearest", "zeros")[0]
-        present = sorted(set(np.unique(labels[0])) - {0})
+        present = sorted(set(np.unique(labels[0])) - {0, self.ignore})
         scores = dice(labels[0], _whole(warped), [int(label) for label in present])
         rough = smoothness(field, masks[0]).sdlogj
         return float(np.mean(list(scores.values()))) if scores else float("nan"), rough

@@ -54,6 +54,30 @@ def initial_transform(fixed: Scan, moving: Scan, start: str | Path = "auto") -> 
     return _read(Path(start)), f"read from {Path(start).name}"
 
 
+def check_invertible(start: str) -> None:
+    """Find out before any work whether a given start can be inverted; those that are found always can.
+
+    Raises:
+        NnsslError: it cannot, or it is no transform.
+    """
+    if start not in get_args(Start):
+        inverse_of(_read(Path(start)), start)
+
+
+def inverse_of(transform: sitk.Transform, name: str) -> sitk.Transform:
+    """The inverse of a transform.
+
+    Raises:
+        NnsslError: it has none in closed form, as a displacement field.
+    """
+    try:
+        return transform.GetInverse()
+    except RuntimeError as error:
+        raise NnsslError(
+            f"{name} cannot be inverted", "leave --inverse out, or start from a rigid or affine transform"
+        ) from error
+
+
 def _read(path: Path) -> sitk.Transform:
     if not path.is_file():
         if path.suffix:

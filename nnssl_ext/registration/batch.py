@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import read_json, write_json
+from nnssl_ext.files import read_json, sha256_of, write_json
 from nnssl_ext.registration.affine import Start
 from nnssl_ext.registration.outputs import MEASURES
 
@@ -32,6 +33,20 @@ class PairFiles:
         """Plain strings."""
         return {name: None if value is None else str(value) for name, value in asdict(self).items()}
 
+    def paths(self) -> dict[str, Path]:
+        """Role -> file, for the roles that have one."""
+        given = {role: value for role, value in asdict(self).items() if value is not None}
+        return {role: Path(value) for role, value in given.items() if value not in get_args(Start)}
+
+
+def sums_of(paths: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file; those that cannot be read are named by whoever needs them."""
+    found = {}
+    for role, path in paths.items():
+        with suppress(OSError):
+            found[role] = sha256_of(path)
+    return found
+
 
 COLUMNS = ("name", *(field.name for field in fields(PairFiles)))
 
@@ -39,15 +54,18 @@ COLUMNS = ("name", *(field.name for field in fields(PairFiles)))
 def read_pairs(path: Path) -> dict[str, PairFiles]:
     """Name -> pair, from a CSV with a header: ``fixed`` and ``moving``, and as needed the other `COLUMNS`.
 
-    Paths are relative to the CSV, also that of a transform in ``init``. Without a name, a pair is called after its files.
+    Paths are relative to the CSV, also that of a transform in ``init``. Without a name, a pair is called after its files. Lines
+    without any value are skipped.
 
     Raises:
-        NnsslError: no CSV, unknown or missing columns, an empty cell, two pairs of one name, or one that names no folder.
+        NnsslError: no CSV, unknown, missing or repeated columns, no fixed or moving scan, two pairs of one name, or one that
+            names no folder.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows, columns = list(reader), list(reader.fieldnames or [])
+            columns = list(reader.fieldnames or [])
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise NnsslError(f"{path}: {error}", "give a CSV file with the columns fixed and moving") from error
     unknown = sorted(set(columns) - set(COLUMNS))
@@ -56,14 +74,18 @@ def read_pairs(path: Path) -> dict[str, PairFiles]:
             f"{path}: columns {', '.join(columns) or 'none'}",
             f"needed are fixed and moving, known besides: {', '.join(sorted(set(COLUMNS) - {'fixed', 'moving'}))}",
         )
+    if repeated := sorted({column for column in columns if columns.count(column) > 1}):
+        raise NnsslError(f"{path}: more than one column {', '.join(repeated)}", "leave one of each")
     pairs: dict[str, PairFiles] = {}
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         given = {key: value.strip() for key, value in row.items() if key and value and value.strip()}
+        if not given:
+            continue
         if "fixed" not in given or "moving" not in given:
             raise NnsslError(f"{path}, line {number}: no fixed or no moving scan", "complete or delete the line")
         files = {key: path.parent / value for key, value in given.items() if key not in ("name", "init")}
         name = given.get("name") or f"{_stem(files['moving'])}_to_{_stem(files['fixed'])}"
-        if name in pairs or name in (".", "..") or set(name) & set("/\\"):
+        if name in pairs or name in (".", "..", FAILURES) or set(name) & set("/\\"):
             raise NnsslError(
                 f"{path}, line {number}: '{name}' is no new folder name", "give each pair a name of its own"
             )
@@ -95,10 +117,10 @@ def run_batch(
     """
     failures: dict[str, str] = {}
     for number, (name, files) in enumerate(pairs.items(), start=1):
-        if _done(output / name, request(files)):
-            say(f"{number}/{len(pairs)} {name}: done before")
-            continue
         try:
+            if _done(output / name, request(files)):
+                say(f"{number}/{len(pairs)} {name}: done before")
+                continue
             register(files, output / name)
             say(f"{number}/{len(pairs)} {name}: done")
         except Exception as error:  # noqa: BLE001 the others must go on, whatever it was
@@ -110,9 +132,10 @@ def run_batch(
 
 def _done(folder: Path, request: dict[str, Any]) -> bool:
     try:
-        return bool(read_json(folder / MEASURES).get("request") == request)
+        found = read_json(folder / MEASURES)
     except NnsslError:
         return False
+    return isinstance(found, dict) and found.get("request") == request
 
 
 def _stem(path: Path) -> str:

@@ -24,9 +24,10 @@ LABELS = "labels"
 """The level of what a network tells of labels, where its segmentation layer was trained."""
 # Beyond these tokens attention, quadratic in them, takes minutes even where memory allows (a guess, not measured on GPUs).
 LONGEST_SEQUENCE = {"cpu": 20_000, "cuda": 300_000}
-# Live float32 values per channel and position at the widest point: residual, norm, q, k, v and both halves of a gated MLP of
-# 8/3; a residual block of convolutions, its norms and the skip.
-LIVE_PER_TOKEN, LIVE_PER_VOXEL = 14, 6
+# Live float32 values at the widest point of a pass, counted and rounded up: 15.9 to 17.7 per token and channel (residual, norm,
+# q, k, v, positions, both halves of a gated MLP), 2.7 per voxel and channel of what is decoded from tokens; 5.7 (ResEnc) and 6.7 (plain
+# U-Net) per voxel and channel of the widest map, without the decoder 4 and 3. Windows of a Swin take 1.4 times that.
+LIVE_PER_TOKEN, LIVE_PER_DECODED, LIVE_PER_VOXEL = 18, 3, 7
 
 
 @dataclass(frozen=True)
@@ -172,18 +173,35 @@ def extract_pyramid(
             return tuple(level[0] for level in levels)
 
     padded = _divisible(volume.shape[1:], backbone.divisor)
-    encode_all = _in_tiles(encode, backbone, padded, ExtractionSettings(), patch_size, volume.device)
+    settings = ExtractionSettings(level="decoder0" if decoder else "encoder0")
+    encode_all = _in_tiles(encode, backbone, padded, settings, patch_size, volume.device)
     return tuple(FeatureMap.over(padded, values.float()) for values in encode_all(_padded(volume, [0, 0, 0], padded)))
 
 
-def fits(backbone: Backbone, size: Size, memory_gib: float, device: torch.device) -> bool:
-    """Whether one pass over so many voxels stays within memory and within a sensible sequence length, by estimate."""
+def pass_gib(backbone: Backbone, size: Size, decoder: bool) -> float:
+    """What one pass over so many voxels takes beside the weights, in float32, by estimate; a GPU's bfloat16 takes less.
+
+    Args:
+        decoder: the decoder is passed too.
+    """
     voxels = math.prod(size)
     if backbone.token_size is None:
-        return 4 * LIVE_PER_VOXEL * max(backbone.channels[:2]) * voxels <= memory_gib * 2**30
-    tokens = voxels // math.prod(backbone.token_size)
-    small = 4 * LIVE_PER_TOKEN * backbone.channels[0] * tokens <= memory_gib * 2**30
-    return small and tokens <= LONGEST_SEQUENCE.get(device.type, LONGEST_SEQUENCE["cpu"])
+        maps = zip(backbone.channels + backbone.decoder_channels, itertools.cycle(backbone.strides), strict=False)
+        values = LIVE_PER_VOXEL * voxels * max(channels / math.prod(stride) for channels, stride in maps)
+    else:
+        tokens = LIVE_PER_TOKEN * backbone.channels[0] * voxels / math.prod(backbone.token_size)
+        values = voxels + max(tokens, decoder * LIVE_PER_DECODED * backbone.decoder_channels[0] * voxels)
+    return 4 * values / 2**30
+
+
+def fits(backbone: Backbone, size: Size, decoder: bool, memory_gib: float, device: torch.device) -> bool:
+    """Whether one pass over so many voxels stays within memory and within a sensible sequence length, by estimate."""
+    if pass_gib(backbone, size, decoder) > memory_gib:
+        return False
+    if backbone.token_size is None:
+        return True
+    tokens = math.prod(size) // math.prod(backbone.token_size)
+    return tokens <= LONGEST_SEQUENCE.get(device.type, LONGEST_SEQUENCE["cpu"])
 
 
 def _level(backbone: Backbone, settings: ExtractionSettings) -> tuple[Encode, Size]:
@@ -219,7 +237,8 @@ def _in_tiles(
 ) -> Encode:
     """The same for volumes that do not fit, or where tiles are asked for."""
     tile = settings.tile
-    if tile is None and patch_size is not None and not fits(backbone, size, settings.memory_gib, device):
+    decoder = not settings.level.startswith("encoder") and settings.level != ""
+    if tile is None and patch_size is not None and not fits(backbone, size, decoder, settings.memory_gib, device):
         tile = patch_size
     return encode if tile is None else tiled(encode, backbone.network, backbone.divisor, tile, settings.overlap)
 

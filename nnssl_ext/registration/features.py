@@ -175,14 +175,33 @@ def load_features(
 
 
 def parts_of(text: str) -> list[str]:
-    """The features that are joined in `text`, which names local files (see `with_local_files`)."""
-    return [text] if Path(text).is_file() else [name.strip() for name in text.split("+")]
+    """The features that are joined in `text`, which names local files (see `with_local_files`). A + that is part of a file's
+    path joins nothing."""
+    pieces, parts = text.split("+"), []
+    while pieces:
+        joined = ["+".join(pieces[: n + 1]).strip() for n in range(len(pieces))]
+        count = next((n for n in range(len(pieces), 1, -1) if file_of(joined[n - 1]).is_file()), 1)
+        parts.append(joined[count - 1])
+        pieces = pieces[count:]
+    return parts
+
+
+def split_level(part: str) -> tuple[str, str]:
+    """One of `parts_of` without its level, and the level, "" if it has none. An @ that is part of a file's path begins none."""
+    file, at, level = part.rpartition("@")
+    if not at or set(level) & set("+/\\") or Path(part.removeprefix(RANDOM)).is_file():
+        return part, ""
+    return file, level
+
+
+def file_of(part: str) -> Path:
+    """The file that one of `parts_of` is read from, if there is such a file."""
+    return Path(split_level(part)[0].removeprefix(RANDOM))
 
 
 def files_of(text: str) -> list[Path]:
     """Checkpoints and plans that the features in `text` are read from."""
-    named = (Path(part.removeprefix(RANDOM).partition("@")[0]) for part in parts_of(text))
-    return [path for path in named if path.is_file()]
+    return [path for path in map(file_of, parts_of(text)) if path.is_file()]
 
 
 def digests_of(text: str) -> dict[str, str]:
@@ -236,8 +255,8 @@ def _source(name: str, device: torch.device, extraction: ExtractionSettings, see
         return Mind()
     if name == "intensity":
         return Intensity()
-    file, at, level = name.partition("@")
-    if at:
+    file, level = split_level(name)
+    if level:
         extraction = replace(extraction, level=level)
     components = None if extraction.level == LABELS else COMPONENTS
     if file.startswith(RANDOM):

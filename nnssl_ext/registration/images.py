@@ -5,6 +5,7 @@ World coordinates are ITK's: LPS, mm, in the order x, y, z. Arrays are z, y, x.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from nnssl_ext.records import Size
 
 ORIENTATION = "RAS"
 """Axes of every scan are brought into this order, by flips and swaps alone: NIfTI's own, that of the Decathlon's files."""
+
+BORDER = 64
+"""Voxels that a scan's border is repeated for at most, linearly between slices; beyond them the nearest voxel is repeated."""
 
 Spacing = tuple[float, float, float]
 
@@ -131,12 +135,27 @@ def place(
     Args:
         transform: world point of `grid` -> world point of the image; None for identity.
     """
+    transform = transform or sitk.Transform(3, sitk.sitkIdentity)
     resampler = sitk.ResampleImageFilter()
     resampler.SetReferenceImage(reference(grid))
-    resampler.SetTransform(transform or sitk.Transform(3, sitk.sitkIdentity))
+    resampler.SetTransform(transform)
     resampler.SetInterpolator(sitk.sitkNearestNeighbor if labels else sitk.sitkLinear)
     resampler.UseNearestNeighborExtrapolatorOn()
-    return sitk.GetArrayFromImage(resampler.Execute(image))
+    return sitk.GetArrayFromImage(resampler.Execute(image if labels else _bordered(image, grid, transform)))
+
+
+def _bordered(image: sitk.Image, grid: Grid, transform: sitk.Transform) -> sitk.Image:
+    """The image with its border repeated as far as the grid's corners reach, `BORDER` voxels at most.
+
+    ITK's extrapolator would take the nearest voxel along all three axes, also along those that are inside: a scan of thick slices
+    would go on in steps.
+    """
+    last = [length - 1 for length in reference(grid).GetSize()]
+    corners = [reference(grid).TransformIndexToPhysicalPoint(c) for c in itertools.product(*((0, n) for n in last))]
+    seen = np.array([image.TransformPhysicalPointToContinuousIndex(transform.TransformPoint(c)) for c in corners])
+    beyond = np.stack([-seen.min(axis=0), seen.max(axis=0) - np.array(image.GetSize()) + 1])
+    lower, upper = np.ceil(beyond).clip(0, BORDER).astype(int).tolist()
+    return sitk.ZeroFluxNeumannPad(image, lower, upper)
 
 
 def view_field(image: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> Bool[np.ndarray, "Z Y X"]:

@@ -180,9 +180,11 @@ def find_correspondence(
 
 
 def textured(image: Float[Tensor, "C Z Y X"]) -> Bool[Tensor, "Z Y X"]:
-    """Voxels around which the image varies: the standard deviation over 5 voxels along each axis exceeds 0.05 of that of the
-    whole image (our choice). Not air, not padding."""
-    mean, square = (F.avg_pool3d(v[None], 5, 1, 2, count_include_pad=False)[0] for v in (image, image.square()))
+    """Voxels around which the image varies: the standard deviation over 5 voxels along each axis (3 or 1 where there are fewer
+    than 5) exceeds 0.05 of that of the whole image (our choice). Not air, not padding."""
+    window = [max(n for n in (1, 3, 5) if n <= length) for length in image.shape[1:]]
+    half = [n // 2 for n in window]
+    mean, square = (F.avg_pool3d(v[None], window, 1, half, count_include_pad=False)[0] for v in (image, image.square()))
     whole = image.flatten(1).var(1)[:, None, None, None]
     return ((square - mean.square()) > 0.05**2 * whole).any(dim=0)
 

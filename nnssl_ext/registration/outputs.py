@@ -6,7 +6,8 @@ fixed file's own grid. All warping is done by SimpleITK with this very transform
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,15 +18,50 @@ import SimpleITK as sitk
 import torch
 
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.files import atomic_write, write_json
+from nnssl_ext.files import atomic_write, read_json, write_json
+from nnssl_ext.registration.affine import inverse_of
 from nnssl_ext.registration.images import Grid, grid_of, place, reference
 from nnssl_ext.registration.measures import dice, hd95
 from nnssl_ext.registration.pipeline import Registration
 from nnssl_ext.registration.smoothness import smoothness
 
 MEASURES = "measures.json"
-"""Written last, and removed before anything is written: where it is, the other files are those of its registration."""
+"""Written last, and removed first: where it is, the other files are those of its registration."""
 OVERVIEW, WARPED_LABELS, INVERSE = "overview.png", "warped_labels.nii.gz", "displacement_inverse.nii.gz"
+DISPLACEMENT, TRANSFORM, WARPED = "displacement.nii.gz", "transform.h5", "warped.nii.gz"
+UNFINISHED = "unfinished.json"
+"""There only while the other files are written, so that what a killed run leaves is known to be ours."""
+WRITTEN = (MEASURES, OVERVIEW, WARPED_LABELS, INVERSE, DISPLACEMENT, TRANSFORM, WARPED, UNFINISHED)
+
+
+def check_folder(output: Path) -> None:
+    """Find out before any work whether a folder can be there.
+
+    Raises:
+        NnsslError: it, or a folder that it should lie in, is a file.
+    """
+    nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise NnsslError(f"cannot write to {output}: {nearest} is a file", "choose another -o")
+
+
+def check_output(output: Path, inputs: Iterable[Path] = ()) -> None:
+    """Find out before any work whether `write_outputs` would replace anything but an earlier registration.
+
+    Raises:
+        NnsslError: one of `inputs` is where results go, or a file of a result's name is not known to be ours.
+    """
+    check_folder(output)
+    targets = {(output / name).resolve(): output / name for name in WRITTEN}
+    for path in inputs:
+        if target := targets.get(path.resolve()):
+            raise NnsslError(f"{path} would be replaced by the result {target}", "choose another -o")
+    present = [output / name for name in WRITTEN if (output / name).exists()]
+    if present and not _is_ours(output):
+        raise NnsslError(
+            f"{present[0]} is not known to come from a registration, and would be replaced",
+            "choose another -o, or move the file away",
+        )
 
 
 def displacement_image(result: Registration) -> sitk.Image:
@@ -41,10 +77,7 @@ def inverse_displacement_image(result: Registration) -> sitk.Image:
     Raises:
         NnsslError: a given initial transform that cannot be inverted.
     """
-    try:
-        back = result.initial.GetInverse()
-    except RuntimeError as error:
-        raise NnsslError("the initial transform has no inverse", "leave --inverse out, or give another one") from error
+    back = inverse_of(result.initial, "the initial transform")
     inverse = _world_field(result, result.field.inverse().displacement_voxels)
     grid = result.moving.file_grid
     deformation = sitk.GetArrayFromImage(_resampled(inverse, grid, back))
@@ -69,15 +102,17 @@ def write_outputs(
         more: further entries for the measures.
 
     Raises:
-        NnsslError: the folder cannot be written.
+        NnsslError: the folder cannot be written, or see `check_output`.
     """
-    _remove_earlier(output)
+    check_output(output)
+    write_json(output / UNFINISHED, {"request": request})
+    _remove(output, MEASURES, OVERVIEW, WARPED_LABELS, INVERSE)
     displacement = displacement_image(result)
     transform = sitk.DisplacementFieldTransform(sitk.Cast(displacement, sitk.sitkVectorFloat64))
-    _write_image(displacement, output / "displacement.nii.gz")
-    with atomic_write(output / "transform.h5") as temporary:
+    _write_image(displacement, output / DISPLACEMENT)
+    with atomic_write(output / TRANSFORM) as temporary:
         sitk.WriteTransform(transform, str(temporary))
-    _write_image(warp_scan(result, transform), output / "warped.nii.gz")
+    _write_image(warp_scan(result, transform), output / WARPED)
     if result.moving.labels is not None:
         warped = warp_labels(result.moving.labels, transform, result.fixed.file_grid)
         _write_image(warped, output / WARPED_LABELS)
@@ -87,6 +122,7 @@ def write_outputs(
         draw(output / OVERVIEW)
     measures = {**measure(result, transform), **more, "request": request}
     write_json(output / MEASURES, measures)
+    _remove(output, UNFINISHED)
     return measures
 
 
@@ -103,8 +139,12 @@ def warp_labels(labels: sitk.Image, transform: sitk.Transform, grid: Grid) -> si
     return sitk.Resample(labels, reference(grid), transform, sitk.sitkNearestNeighbor, 0, labels.GetPixelID())
 
 
-def measure(result: Registration, transform: sitk.Transform) -> dict[str, Any]:
-    """Figures of one registration, in JSON types. Smoothness is that of the deformation, on the common grid."""
+def measure(result: Registration, transform: sitk.Transform, ignore: int | None = None) -> dict[str, Any]:
+    """Figures of one registration, in JSON types. Smoothness is that of the deformation, on the common grid.
+
+    Args:
+        ignore: label of voxels that nothing is known about.
+    """
     field = result.field
     length = field.displacement_mm.norm(dim=0).cpu().numpy()[result.fixed_mask]
     mask = torch.from_numpy(result.fixed_mask).to(field.displacement_voxels.device)
@@ -128,22 +168,27 @@ def measure(result: Registration, transform: sitk.Transform) -> dict[str, Any]:
     }
     fixed, moving = result.fixed.labels, result.moving.labels
     if fixed is not None and moving is not None:
-        found["labels_before"] = _overlap(fixed, moving, result.initial)
-        found["labels_after"] = _overlap(fixed, moving, transform)
+        found["labels_before"] = _overlap(fixed, moving, result.initial, ignore)
+        found["labels_after"] = _overlap(fixed, moving, transform, ignore)
     return found
 
 
-def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform) -> dict[str, Any]:
+def _overlap(
+    fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, ignore: int | None = None
+) -> dict[str, Any]:
     """Dice and HD95 of every label that one of the scans has, on the fixed scan's grid; None for what is not defined.
 
     Where both scans have a label and the warped labels do not, its HD95 is the diagonal of the fixed scan's grid, in mm:
-    losing a label must not be better than misplacing it.
+    losing a label must not be better than misplacing it. What either volume says to `ignore` is background in both.
     """
     grid = grid_of(fixed)
     warped = sitk.GetArrayFromImage(warp_labels(moving, transform, grid)).astype(np.int64)
     target = sitk.GetArrayFromImage(fixed).astype(np.int64)
-    here, there = (set(np.unique(sitk.GetArrayViewFromImage(image)).tolist()) for image in (fixed, moving))
-    labels = [int(value) for value in sorted((here | there) - {0})]
+    if ignore is not None:
+        unknown = (target == ignore) | (warped == ignore)
+        target[unknown] = warped[unknown] = 0
+    here, there = (set(np.unique(array).tolist()) for array in (target, sitk.GetArrayViewFromImage(moving)))
+    labels = [int(value) for value in sorted((here | there) - {0, ignore})]
     diagonal = float(np.linalg.norm(np.multiply(grid.size, grid.spacing)))
     lost = (here & there).difference(np.unique(warped).tolist())
     distances = hd95(target, warped, grid.spacing, labels)
@@ -178,9 +223,17 @@ def _field_of(transform: sitk.Transform, grid: Grid) -> sitk.Image:
     )
 
 
-def _remove_earlier(output: Path) -> None:
-    """The measures first, then what is not written every time."""
-    for name in (MEASURES, OVERVIEW, WARPED_LABELS, INVERSE):
+def _is_ours(output: Path) -> bool:
+    for name in (MEASURES, UNFINISHED):
+        with suppress(NnsslError):
+            found = read_json(output / name)
+            if isinstance(found, dict) and "request" in found:
+                return True
+    return False
+
+
+def _remove(output: Path, *names: str) -> None:
+    for name in names:
         try:
             (output / name).unlink(missing_ok=True)
         except OSError as error:

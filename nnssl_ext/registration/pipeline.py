@@ -199,8 +199,21 @@ def deform_pair(pair: DescribedPair, solve: Callable[[], Field]) -> Registration
         (few[0], few[1]),
         seconds,
         memory,
-        pair.notes,
+        (*pair.notes, *_lost(found, pair.foreground[0])),
     )
+
+
+def _lost(field: Field, foreground: Bool[np.ndarray, "Z Y X"]) -> list[str]:
+    """A note where most of the fixed foreground was moved out of the common grid, where nothing can bring it back."""
+    displacement = field.displacement_voxels
+    mask = torch.from_numpy(foreground).to(displacement.device)
+    places = mask.nonzero().T + displacement[:, mask]
+    lengths = torch.tensor(mask.shape, device=mask.device).view(3, 1)
+    share = float(((places >= -0.5) & (places <= lengths - 0.5)).all(dim=0).float().mean())
+    if share >= 0.5:
+        return []
+    gone = f"{1 - share:.0%} of the fixed scan's foreground was moved out of view: the deformation cannot be trusted"
+    return [f"{gone}; give scans that show more around it, or smooth more (--solver.regularisation)"]
 
 
 @contextmanager

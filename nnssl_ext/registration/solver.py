@@ -281,7 +281,7 @@ def _check(fixed: Tensor, moving: Tensor, fixed_mask: Tensor | None, moving_mask
             "bring both images onto one grid, with the same features",
         )
     for name, features in (("fixed", fixed), ("moving", moving)):
-        if not all(torch.isfinite(channel).all() for channel in features):
+        if not torch.stack([torch.isfinite(channel).all() for channel in features]).all():  # one wait for the device
             raise NnsslError(f"the {name} features hold values that are not finite", "check the image for NaN or Inf")
     for name, mask in (("fixed", fixed_mask), ("moving", moving_mask)):
         if mask is None:

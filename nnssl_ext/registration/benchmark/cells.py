@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
+from nnssl_ext.registration.batch import sums_of
 from nnssl_ext.registration.benchmark.meter import metered
 from nnssl_ext.registration.benchmark.methods import Method, prepare
 from nnssl_ext.registration.benchmark.pairs import LabelledPair
@@ -57,12 +58,14 @@ class Cell:
 
     def request(self) -> dict[str, Any]:
         """Everything that its figures depend on, as it reads from a file."""
+        files = replace(self.pair.files, init=self.settings.init)
         asked = {
             "version": version("nnssl-ext"),
             "method": self.digest,
             "settings": asdict(self.settings),
             "seed": self.seed,
             "pair": self.pair.as_json(),
+            "content": sums_of(files.paths() | self.pair.landmarks),
             "strengths": self.strengths,
         }
         return json.loads(json.dumps(asked))
@@ -82,6 +85,7 @@ def run_cell(cell: Cell, sources: Sequence[FeatureSource], output: Path, device:
     Raises:
         NnsslError: files that cannot be read or registered.
     """
+    request = cell.request()  # before loading: what changes in between is then computed again next time
     files = cell.pair.files
     fixed = load_scan(files.fixed, files.fixed_mask, files.fixed_labels)
     moving = load_scan(files.moving, files.moving_mask, files.moving_labels)
@@ -101,7 +105,7 @@ def run_cell(cell: Cell, sources: Sequence[FeatureSource], output: Path, device:
                 "peak_memory_gib": max(peaks, default=None),
             }
         )
-    content = {"request": cell.request(), "results": results}
+    content = {"request": request, "results": results}
     write_json(cell.path(output), content)
     return content
 
@@ -129,7 +133,7 @@ def landmark_error(
 def _figures(registration: Registration, pair: LabelledPair) -> dict[str, Any]:
     image = displacement_image(registration)
     transform = sitk.DisplacementFieldTransform(sitk.Cast(image, sitk.sitkVectorFloat64))
-    measured = measure(registration, transform)
+    measured = measure(registration, transform, pair.ignore)
     found = {name: measured[name] for name in KEPT if name in measured}
     if pair.fixed_landmarks and pair.moving_landmarks:
         points = [_read_points(path) for path in (pair.fixed_landmarks, pair.moving_landmarks)]

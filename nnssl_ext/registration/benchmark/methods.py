@@ -22,9 +22,11 @@ from nnssl_ext.registration.features import (
     FeatureSource,
     Intensity,
     digests_of,
+    file_of,
     files_of,
     load_features,
     parts_of,
+    split_level,
 )
 from nnssl_ext.registration.images import Scan
 from nnssl_ext.registration.pipeline import (
@@ -86,7 +88,7 @@ class Method:
     @property
     def checkpoints(self) -> list[Path]:
         """Those of trained networks."""
-        named = (Path(part.partition("@")[0]) for part in self.parts if not part.startswith(RANDOM))
+        named = (file_of(part) for part in self.parts if not part.startswith(RANDOM))
         return [path for path in named if path.is_file()]
 
     def digest(self) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def with_controls(methods: Sequence[Method], seeds: int, identity: Callable[[Pat
             continue
         key = tuple(_control_key(part, identities) for part in method.parts)
         if key not in controls:
-            texts = (_untrained(part) if Path(part.partition("@")[0]) in identities else part for part in method.parts)
+            texts = (_untrained(part) if Path(split_level(part)[0]) in identities else part for part in method.parts)
             controls[key] = Method(f"random weights of {method.name}", "+".join(texts), tuple(range(seeds)))
         found.append(replace(method, control=controls[key].name))
     return found + list(controls.values())
@@ -192,7 +194,7 @@ def _deform(pair: DescribedPair, solver: SolverSettings, strength: float | None)
 
 
 def _control_key(part: str, identities: dict[Path, str]) -> str:
-    file, _, level = part.partition("@")
+    file, level = split_level(part)
     return f"{identities.get(Path(file)) or file}@{level}"
 
 
@@ -203,7 +205,7 @@ def _untrained(part: str) -> str:
 def _short(text: str) -> str:
     """A name for features that came without one: files by their folder's and own name."""
     names = []
-    for part in text.split("+"):
+    for part in parts_of(text):
         path = Path(part.removeprefix(RANDOM))
         name = f"{path.parent.name} {path.name}".strip()
         names.append(f"random {name}" if part.startswith(RANDOM) else name)
