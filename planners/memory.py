@@ -19,6 +19,9 @@ BYTES_PER_TEACHER_PARAMETER = 4
 BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.5}
 """Under autocast most saved values take 2 bytes, the inputs of norms and the residual stream 4: 2.3-2.4 on average as
 measured with CPU autocast, a little more with CUDA's, which computes LayerNorm in fp32."""
+BYTES_PER_LOGIT = 18
+"""Of a prototype: the bf16 logit, its float32 copy and the teacher's float32 target are saved (10 bytes, counted); when the
+backward pass begins, float32 and bf16 gradients of the former come to them."""
 OVERHEAD_GB = 1.0
 """CUDA context, cuDNN workspaces and allocator slack: our allowance."""
 EXTRA_BYTES_PER_PROBABILITY = {"fp32": 0.0, "bf16": 3.5}
@@ -30,12 +33,20 @@ MLP_RATIO = 8 / 3
 
 @dataclass(frozen=True)
 class Views:
-    """What a method holds in memory: `global_views` of the global and `local_views` of the local crop from each case, with
-    gradient, and perhaps an EMA teacher. The default is one view, as in masked autoencoding."""
+    """What a method holds in memory beside one network. The default is one view, as in masked autoencoding.
+
+    Attributes:
+        global_views, local_views: of the global and of the local crop from each case, with gradient.
+        teacher: whether an EMA teacher copies network and heads.
+        heads: trained parameters beside the network's.
+        logits: prototypes that are compared, of all views and hidden tokens of a case.
+    """
 
     global_views: int = 1
     local_views: int = 0
     teacher: bool = False
+    heads: int = 0
+    logits: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,8 +83,9 @@ def memory_gb(
         return view.values * BYTES_PER_VALUE[precision] + view.probabilities * EXTRA_BYTES_PER_PROBABILITY[precision]
 
     per_case = views.global_views * saved(cost) + (views.local_views * saved(local) if local else 0)
+    per_case += views.logits * BYTES_PER_LOGIT
     per_parameter = BYTES_PER_PARAMETER[precision] + BYTES_PER_TEACHER_PARAMETER * views.teacher
-    return OVERHEAD_GB + (cost.parameters * per_parameter + batch_size * per_case) / 1e9
+    return OVERHEAD_GB + ((cost.parameters + views.heads) * per_parameter + batch_size * per_case) / 1e9
 
 
 def largest_batch(fits: Callable[[int], bool], most: int, least: int = 2) -> int:

@@ -58,6 +58,11 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
         )
         arch = configuration["architecture"]["arch_kwargs"]
         _truncate(arch, RESENC_PRESETS[self.preset].max_stages or arch["n_stages"])
+        if arch["n_stages"] < 2:
+            raise NnsslError(
+                f"a patch of {configuration['patch_size']} voxels leaves {type(self).__name__} a single stage, without a decoder",
+                "use nnsslPlannerPrimusTiny or nnsslPlannerResEncM, or a finer -overwrite_target_spacing",
+            )
         divisor = cast(Size, tuple(math.prod(axis) for axis in np.array(arch["strides"]).T.tolist()))
         reason = f"nnU-Net's rule for {self.UNet_vram_target_GB:g} GB{self.sized_for}"
         if self.overrides.patch_size:

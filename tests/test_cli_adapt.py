@@ -103,7 +103,10 @@ def test_to_existing_plans_with_fine_tuning_settings(target, tmp_path):
         f"nnUNetv2_train 4 3d_fullres 0 -p nnsslTestPlans_MAE -tr nnsslFinetuneTrainer -pretrained_weights {output}"
         in done.stdout
     )
-    assert "nnUNetv2_preprocess" not in done.stdout
+    assert "nnUNetv2_preprocess" not in done.stdout and "replaces" not in done.stdout
+
+    again = target.run("nnssl_adapt", tmp_path / "checkpoint_final.pth", "-d", 4, "-p", "nnsslTestPlans")
+    assert "replaces nnsslTestPlans_MAE.json and its checkpoint, adapted earlier from" in " ".join(again.stdout.split())
 
 
 @pytest.mark.parametrize("kind", ["ours", "nnssl"])

@@ -1,6 +1,7 @@
 """``nnssl_plan`` in this process on small synthetic data sets."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from test_planners_plans import write_dataset
 
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.cli import plan as plan_command
+from nnssl_ext.networks.dino_head import DINOHead, HeadSettings
 from nnssl_ext.planners.memory import Views
 from nnssl_ext.planners.primus import nnsslPlannerPrimusTiny
 
@@ -36,7 +38,16 @@ def call(monkeypatch, *flags: str) -> None:
 def test_the_plan_command_asks_a_method_what_it_draws(nnunet_env, method):
     write_dataset(nnunet_env, (56, 72, 56), cases=1)
     plans = nnsslPlannerPrimusTiny(9).make_plans()
-    assert plan_command._views(plans, method) == VIEWS[method]
+    found = plan_command._views(plans, method)
+    assert replace(found, heads=0, logits=0) == VIEWS[method]
+    if not VIEWS[method].teacher:
+        assert found.logits == 0
+        return
+    settings = HeadSettings(prototypes=1024, hidden=512, bottleneck=64)
+    head = sum(weight.numel() for weight in DINOHead(144, settings).parameters() if weight.requires_grad)
+    assert found.heads - 144 in (head, 2 * head)  # a token to show for hidden ones
+    tokens, ratio = 24**3 // 4**3, {"DINO3DTrainer": (0.2 + 0.75) / 2, "IBOTTrainer": (0.1 + 0.5) / 2}[method]
+    assert found.logits / 1024 == pytest.approx(6 + 2 * 0.5 * ratio * tokens, rel=0.15)
 
 
 def test_plans_for_many_views_have_smaller_batches(nnunet_env, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nnssl_ext.demo.commands import learning
+from nnssl_ext.demo.commands import learning, planning
 from nnssl_ext.demo.data import hold_out
 from nnssl_ext.demo.main_job import claim
 from nnssl_ext.demo.page import _dice_table, read_dice
@@ -104,6 +104,14 @@ def test_arms_differ_in_the_pretrained_weights_alone(tmp_path):
     flag = pretrained.index("-pretrained_weights")
     assert pretrained[:flag] + pretrained[flag + 2 :] == scratch
     assert pretrained[0] == "nnUNetv2_train" and pretrained[flag + 1].endswith("checkpoint_final.pth")
+
+
+def test_planning_begins_without_what_was_planned_for_other_cases(tmp_path):
+    """Stock planning keeps a fingerprint and a split that it finds."""
+    first, second = planning(DemoSettings(tmp_path, backbones=("primus", "resenc")))
+    folder = first.products[0]
+    assert folder.parent.name == "nnUNet_preprocessed" and folder == second.products[0].parent
+    assert folder not in second.products
 
 
 def test_the_output_folder_of_something_else_is_left_alone(tmp_path):

@@ -31,6 +31,11 @@ def test_cosine_schedule_by_hand():
     assert rate(2) == pytest.approx(0.5 + 1.5 * (1 + math.cos(0.2 * math.pi)) / 2)
 
 
+def test_a_constant_rate_stays_what_was_asked_for():
+    rate = schedule(10, lr=1e-4, schedule="constant", warmup=2.0).learning_rate
+    assert [rate(step) for step in (0, 1, 2, 9)] == pytest.approx([5e-5, 1e-4, 1e-4, 1e-4])
+
+
 def test_a_warm_up_of_one_or_more_counts_steps():
     rate = schedule(1000, lr=1.0, warmup=4.0).learning_rate
     assert [rate(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])

@@ -1,5 +1,6 @@
 """The memory model against what torch really holds: every parameter, every value saved for the backward pass."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,6 +162,9 @@ def test_memory_by_hand():
     local = Cost(parameters=1_000_000, values=1_000_000, macs=0)
     dino = Views(global_views=2, local_views=8, teacher=True)
     assert memory_gb(cost, 1, local=local, views=dino) == pytest.approx(1 + 0.022 + (2 * 10 + 8 * 1) * 2.5e-3)
+    heads = replace(dino, heads=500_000, logits=1_000_000)  # half as many parameters again; 18 bytes per logit and case
+    expected = 1 + 0.033 + 2 * ((2 * 10 + 8 * 1) * 2.5e-3 + 0.018)
+    assert memory_gb(cost, 2, local=local, views=heads) == pytest.approx(expected)
 
 
 def test_nnunet_resenc_m_agrees_with_nnunets_own_statement():

@@ -106,6 +106,13 @@ def test_volume_smaller_than_one_token_grid_still_plans(nnunet_env, planner):
     assert build(found)(np.zeros((1, 1, *found["patch_size"]), np.float32)) == tuple(found["patch_size"])
 
 
+def test_volume_that_leaves_a_network_no_decoder_is_told_with_a_planner_that_copes(nnunet_env):
+    write_dataset(nnunet_env, (9, 11, 10))
+    with pytest.raises(NnsslError, match="single stage") as refused:
+        nnsslPlannerResEncTiny(9).plan_experiment()
+    assert "nnsslPlannerResEncM" in refused.value.fix
+
+
 @pytest.mark.parametrize("planner", [nnsslPlannerPrimusTiny, nnsslPlannerResEncTiny, nnsslPlannerResEncM])
 def test_crops_of_the_plan_pass_through_the_planned_network(nnunet_env, planner):
     write_dataset(nnunet_env, (20, 40, 30), (3.5, 1.0, 1.0), channels=("T1", "T2"))

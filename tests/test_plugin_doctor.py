@@ -50,10 +50,12 @@ def test_missing_variable_fails_and_shows_the_line_that_sets_it(nnunet_env, heal
     assert by_name()["nnssl_results"].fix == "export nnssl_results=/path/to/nnssl_results"
 
 
-def test_missing_folder(nnunet_env, healthy):
+def test_missing_folder(nnunet_env, healthy, monkeypatch):
     nnunet_env.results.rmdir()
     assert failures() == {"nnUNet_results"}
     assert by_name()["nnUNet_results"].fix == f"mkdir -p {nnunet_env.results}"
+    monkeypatch.setenv("nnUNet_results", "/my scans")
+    assert by_name()["nnUNet_results"].fix == "mkdir -p '/my scans'"
 
 
 def test_unwritable_folders(nnunet_env, healthy, monkeypatch):

@@ -19,7 +19,8 @@ def test_defaults_are_the_papers_numbers():
     for settings in (vox2vec, successor):
         assert (settings.contrast.voxels, settings.contrast.temperature, settings.contrast.out_dim) == (1024, 0.1, 128)
         optim = settings.optim
-        assert (optim.lr, optim.final_lr, optim.warmup, optim.weight_decay, optim.clip) == (3e-4, 3e-4, 0, 0, 1)
+        found = (optim.lr, optim.schedule, optim.warmup, optim.weight_decay, optim.clip)
+        assert found == (3e-4, "constant", 0, 0, 1)
         assert settings.pairs == 4 and type(settings)().pairs == 10
         assert settings.epochs * settings.iterations == 50_000
     assert (vox2vec.contrast.levels, successor.contrast.levels, successor.width) == (None, 5, 32)

@@ -1,10 +1,8 @@
 """A method that trains encoder and decoder hands either to the network that stock nnU-Net fine-tunes."""
 
-import json
-
 import pytest
 import torch
-from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, job_of, plans_of, weights_of, write_dataset
+from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, job_of, weights_of, write_for_fine_tuning
 
 from nnssl_ext.cli.adapt import main as adapt_main
 from nnssl_ext.engine import loop
@@ -18,14 +16,7 @@ SHORT = ("--epochs", "1", "--iterations_per_epoch", "1", "--val_iterations_per_e
 def dataset(nnunet_env, monkeypatch):
     """The tiny dataset with what stock fine-tuning wants beyond pretraining."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    base = write_dataset(nnunet_env.preprocessed, cases=3)
-    (base / "splits_final.json").write_text(json.dumps([{"train": ["case_00", "case_01"], "val": ["case_02"]}]))
-    (base / "dataset_fingerprint.json").write_text("{}")
-    for backbone in BACKBONES:
-        plans = plans_of(backbone)
-        plans["configurations"][CONFIGURATION]["batch_dice"] = False
-        (base / f"nnssl{backbone}Plans.json").write_text(json.dumps(plans))
-    return base
+    return write_for_fine_tuning(nnunet_env.preprocessed, train=2, val=1)
 
 
 def started_and_trained(plans_name: str, weights: str | None) -> dict[str, torch.Tensor]:

@@ -126,6 +126,19 @@ def write_dataset(preprocessed: Path, cases: int = 6) -> Path:
     return base
 
 
+def write_for_fine_tuning(preprocessed: Path, train: int, val: int) -> Path:
+    """`write_dataset` with what stock fine-tuning wants beyond pretraining, for so many cases of the split."""
+    base = write_dataset(preprocessed, cases=train + val)
+    names = [f"case_{number:02d}" for number in range(train + val)]
+    (base / "splits_final.json").write_text(json.dumps([{"train": names[:train], "val": names[train:]}]))
+    (base / "dataset_fingerprint.json").write_text("{}")
+    for backbone in BACKBONES:
+        plans = plans_of(backbone)
+        plans["configurations"][CONFIGURATION]["batch_dice"] = False
+        (base / f"nnssl{backbone}Plans.json").write_text(json.dumps(plans))
+    return base
+
+
 def job_of(*flags: str, method: str = "MAETrainer", backbone: str = "PrimusTiny") -> Job:
     """What ``nnssl_train`` makes of these flags for the tiny dataset, on the CPU."""
     base = [DATASET, CONFIGURATION, "-tr", method, "-p", f"nnssl{backbone}Plans", "-device", "cpu"]

@@ -140,6 +140,16 @@ def adapt(
     return Adapted(adapted, configuration, content, table, dataset_json, _notes(source, found))
 
 
+def replaced(adapted: Adapted) -> str:
+    """What `write_adapted` would replace, adapted under the same name before; "" for nothing."""
+    plans_file = _plans_file(adapted.plans)
+    before = read_json(plans_file).get(MARK) if plans_file.exists() else None
+    if before is None:
+        return ""
+    about = f"{before['file']} ({before['method']})"
+    return f"replaces {plans_file.name} and its checkpoint, adapted earlier from {about}; another --name keeps both"
+
+
 def write_adapted(adapted: Adapted) -> Path:
     """Write checkpoint, transfer table and, last, the plans.
 
@@ -150,7 +160,7 @@ def write_adapted(adapted: Adapted) -> Path:
         NnsslError: plans of that name exist and are not ours, or a folder cannot be written.
     """
     dataset, name = adapted.plans["dataset_name"], adapted.plans["plans_name"]
-    plans_file = preprocessed_folder(dataset) / f"{name}.json"
+    plans_file = _plans_file(adapted.plans)
     if plans_file.exists() and MARK not in read_json(plans_file):
         raise NnsslError(f"{plans_file} exists and was not written by nnssl_adapt", "choose another --name")
     output = folder("nnssl_results") / dataset / f"adapted__{name}__{adapted.configuration}"
@@ -161,6 +171,10 @@ def write_adapted(adapted: Adapted) -> Path:
         write_json(dataset_file, adapted.dataset_json)
     write_json(plans_file, adapted.plans)
     return output
+
+
+def _plans_file(plans: dict[str, Any]) -> Path:
+    return preprocessed_folder(plans["dataset_name"]) / f"{plans['plans_name']}.json"
 
 
 def _notes(source: Pretrained, configuration: dict[str, Any]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ def _main() -> int:
     if args.p and args.patch_size:
         base.error("--patch_size belongs to derived plans; -p brings its own")
 
-    from nnssl_ext.checkpoints.adapt import adapt, adapted_name, read_pretrained, write_adapted
+    from nnssl_ext.checkpoints.adapt import adapt, adapted_name, read_pretrained, replaced, write_adapted
     from nnssl_ext.checkpoints.target import derive_plans
     from nnssl_ext.paths import dataset_name, folder
     from nnssl_ext.plans import preprocessed_folder, read_plans
@@ -85,7 +86,7 @@ def _main() -> int:
     plans = _settings(plans, args.c, rest)
     adapted = adapt(source, plans, args.c, dataset_json, plans_name)
     out.print(adapted.table.as_table())
-    for note in adapted.notes:
+    for note in filter(None, (*adapted.notes, replaced(adapted))):
         out.print(f"note: {note}", markup=False)
     output = write_adapted(adapted)
     out.print(*_next_steps(adapted, args.d, output, derived=args.p is None), sep="\n", markup=False)
@@ -114,5 +115,7 @@ def _next_steps(adapted: Adapted, dataset: str, output: Path, derived: bool) -> 
     if derived:
         steps.append(f"  nnUNetv2_preprocess -d {number} -plans_name {name} -c {configuration}")
     trainer = "-tr nnsslFinetuneTrainer"
-    steps.append(f"  nnUNetv2_train {number} {configuration} 0 -p {name} {trainer} -pretrained_weights {weights}")
+    steps.append(
+        f"  nnUNetv2_train {number} {configuration} 0 -p {name} {trainer} -pretrained_weights {shlex.quote(str(weights))}"
+    )
     return steps

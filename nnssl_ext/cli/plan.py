@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from nnssl_ext.catalogue import load_method, pretraining_methods
 from nnssl_ext.cli._run import run
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 PLANNERS = "nnunetv2.experiment_planning"
 CONFIGURATION = "3d_fullres"
 MOST_PICTURES = 4
+DRAWS = 16
+"""How often a method draws from a case to learn how many tokens it hides."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -131,12 +133,13 @@ def _method(plans: dict[str, Any], name: str) -> Method:
 
 def _views(plans: dict[str, Any], name: str) -> Views:
     """What the method holds in memory of each case, found out by drawing from a blank one (some methods look at the case);
-    views up to the size of the plans' local crop count as such, larger ones as global crops."""
+    views up to the size of the plans' local crop count as such, larger ones as global crops. Hidden tokens: mean of the draws."""
     import math
     import tempfile
 
     import blosc2
     import numpy as np
+    from torch import nn
 
     from nnssl_ext.planners.memory import Views
     from nnssl_ext.records import Case
@@ -147,10 +150,22 @@ def _views(plans: dict[str, Any], name: str) -> Views:
     with tempfile.TemporaryDirectory() as folder:
         case = Case("blank", Path(folder), 1, (z, y, x), (1.0, 1.0, 1.0))
         blosc2.zeros((1, z, y, x), dtype=np.float32, urlpath=str(case.folder / "blank.b2nd"))
-        sizes = [math.prod(view.size) for view in method.view_policy.draw(case, np.random.default_rng(0), 0.0)]
-    local = sum(size <= math.prod(crops["local_crop"]) for size in sizes)
-    trained = any(weight.requires_grad for weight in method.export_backbone().network.parameters())
-    return Views(len(sizes) - local, local, teacher=not trained)
+        rng = np.random.default_rng(0)
+        draws = [method.view_policy.draw(case, rng, (number + 0.5) / DRAWS) for number in range(DRAWS)]
+    views = draws[0]
+    local = sum(math.prod(view.size) <= math.prod(crops["local_crop"]) for view in views)
+    hidden = sum(int(view.mask.sum()) for draw in draws for view in draw if view.mask is not None) / DRAWS
+    network = list(method.export_backbone().network.parameters())
+    trained = any(weight.requires_grad for weight in network)
+    trained_weights = sum(weight.numel() for weight in cast(nn.Module, method).parameters() if weight.requires_grad)
+    prototypes = getattr(getattr(method.settings, "head", None), "prototypes", 0)
+    return Views(
+        len(views) - local,
+        local,
+        teacher=not trained,
+        heads=max(0, trained_weights - sum(weight.numel() for weight in network)),
+        logits=round((hidden + len(views)) * prototypes),
+    )
 
 
 def _hours(plans: dict[str, Any], classes: int, views: Views, method: str) -> str:

@@ -40,14 +40,19 @@ def conversion(settings: DemoSettings, source: Path) -> Step:
 
 
 def planning(settings: DemoSettings) -> list[Step]:
-    """Stock planning and preprocessing, once per backbone; one after the other, because they share the fingerprint."""
+    """Stock planning and preprocessing, once per backbone; one after the other, because they share the fingerprint.
+
+    The first begins with an empty folder: stock commands keep a fingerprint and a split that they find, of whatever cases.
+    """
     steps = []
+    folder = settings.output / "nnUNet_preprocessed" / dataset_folder(settings)
     for number, backbone in enumerate(settings.backbones):
         command = ("nnUNetv2_plan_and_preprocess", "-d", str(DATASET_ID), "-pl", PLANNERS[backbone])
         verify = () if number else ("--verify_dataset_integrity",)
         processes = ("-c", CONFIGURATION, "-npfp", "1", "-np", "2", *verify)
-        plans = settings.output / "nnUNet_preprocessed" / dataset_folder(settings) / f"{PLANS[backbone]}.json"
-        steps.append(Step(f"{backbone}: plan and preprocess", (*command, *processes), (plans,)))
+        plans = folder / f"{PLANS[backbone]}.json"
+        products = (plans,) if number else (folder, plans)
+        steps.append(Step(f"{backbone}: plan and preprocess", (*command, *processes), products))
     return steps
 
 

@@ -53,13 +53,15 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimiser step ``step``, counted from 0.
 
-        Linear from ``peak / warm-up steps`` to ``peak``, then polynomial with exponent 0.9 (nnU-Net) or cosine.
+        Linear from ``peak / warm-up steps`` to ``peak``, then polynomial with exponent 0.9 (nnU-Net), cosine or constant.
         """
         optim, peak = self.optim, self.peak
         warmup = round(optim.warmup * self.total if optim.warmup < 1 else optim.warmup)
         if step < warmup:
             return peak * (step + 1) / warmup
         done = (step - warmup) / max(1, self.total - warmup)
+        if optim.schedule == "constant":
+            return peak
         if optim.schedule == "poly":
             return peak * float((1 - done) ** 0.9)
         return optim.final_lr + (peak - optim.final_lr) * 0.5 * (1 + math.cos(math.pi * done))

@@ -64,7 +64,8 @@ def open_probe(job: Job, method: Method, device: torch.device) -> OnlineProbe | 
         NnsslError: pairs to register are asked for, but there are no labels, or no epoch to ask in.
     """
     listing = preprocessed_folder(job.dataset) / "dataset.json"
-    labelled = listing.exists() and is_labelled(read_json(listing))
+    content = read_json(listing) if listing.exists() else {}
+    labelled = is_labelled(content)
     if job.run.registration_pairs and not labelled:
         raise NnsslError(
             f"there are no labels in {job.dataset} to judge registration by", "leave --registration_pairs out"
@@ -74,13 +75,13 @@ def open_probe(job: Job, method: Method, device: torch.device) -> OnlineProbe | 
     if job.run.probe_epochs < 1 or not labelled:
         return None
     questions: list[Question] = []
-    if probe := Probe(job.cases, job.plan.global_crop):
+    ignore = content["labels"].get("ignore")
+    if probe := Probe(job.cases, job.plan.global_crop, ignore):
         questions.append(probe)
     if job.run.registration_pairs:
         level = getattr(method, "feature_level", "")  # what the method trains, where that is not the default level
-        questions.append(
-            RegistrationProbe(_registration_cases(job), job.run.registration_pairs, level, job.plan.global_crop)
-        )
+        cases, pairs = _registration_cases(job), job.run.registration_pairs
+        questions.append(RegistrationProbe(cases, pairs, level, job.plan.global_crop, ignore))
     return OnlineProbe(job, device, questions) if questions else None
 
 

@@ -23,7 +23,7 @@ class OptimSettings:
         weight_decay: on matrices and kernels only; biases, norms and other vectors are not decayed.
         weight_decay_end: weight decay at the end of the run, reached by a cosine; None = constant.
         betas: AdamW's; ``betas[0]`` is SGD's momentum.
-        schedule: ``poly`` = nnU-Net's (1 - t) ** 0.9, ``cosine`` to ``final_lr``, after a linear warm-up from 0.
+        schedule: ``poly`` = nnU-Net's (1 - t) ** 0.9, ``cosine`` to ``final_lr``, or ``constant``, after a linear warm-up from 0.
         warmup: share of all optimiser steps, or their number from 1 on.
         final_lr: learning rate at the end of ``cosine``, whatever the scaling.
         clip: largest gradient norm.
@@ -38,7 +38,7 @@ class OptimSettings:
     weight_decay: float = 5e-2
     weight_decay_end: float | None = None
     betas: tuple[float, float] = (0.9, 0.98)
-    schedule: Literal["poly", "cosine"] = "poly"
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
     warmup: float = 0.05
     final_lr: float = 1e-6
     clip: float = 1.0

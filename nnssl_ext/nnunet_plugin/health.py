@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ PACKAGES = (
     "torchvision",
     "timm",
 )
+REINSTALL = "in the folder of nnssl_ext: pip install --force-reinstall --no-deps ."
 LOW_DISK_GB = 10  # our choice: a few hundred preprocessed cases and their checkpoints
 FEW_CORES = 4  # our choice: below this nnU-Net's default of 8-12 worker processes only wait for each other
 PROBE_SECONDS = 300  # importing torch from a cold network disk can take minutes
@@ -107,16 +109,14 @@ def _hook(found: dict[str, Any]) -> Check:
     if disabled():
         return Check("hook", "fail", f"switched off by {DISABLE}={os.environ[DISABLE]}", f"unset {DISABLE}")
     if not found["hooked"]:
-        fix = "pip install --force-reinstall --no-deps nnssl-ext, or: python -m nnssl_ext.nnunet_plugin.run COMMAND ..."
+        fix = f"{REINSTALL}, or: python -m nnssl_ext.nnunet_plugin.run COMMAND ..."
         return Check("hook", "fail", "not live: Python did not run our start-up file nnssl_ext.pth", fix)
     if broken:
         name, error = next(iter(broken.items()))
         says = f"live, but {len(broken)} of {len(lookups)} classes fail: {', '.join(broken)}"
         return Check("hook", "fail", says, f"{name}: {error}")
     if not lookups:
-        return Check(
-            "hook", "fail", "live, but no class of ours is installed", "pip install --force-reinstall nnssl-ext"
-        )
+        return Check("hook", "fail", "live, but no class of ours is installed", REINSTALL)
     return Check("hook", "ok", f"live: nnU-Net finds all {len(lookups)} classes of nnssl_ext in a fresh process")
 
 
@@ -168,7 +168,7 @@ def _folder(variable: str, meaning: str) -> Check:
         return Check(variable, "fail", f"not set ({meaning})", f"export {variable}=/path/to/{variable}")
     path = Path(value)
     if not path.is_dir():
-        return Check(variable, "fail", f"no folder {path}", f"mkdir -p {path}")
+        return Check(variable, "fail", f"no folder {path}", f"mkdir -p {shlex.quote(str(path))}")
     free = shutil.disk_usage(path).free / 1e9
     says = f"{path}, {free:.0f} GB free"
     if not _writable(path):

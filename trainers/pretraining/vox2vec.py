@@ -31,9 +31,7 @@ VOX2VEC = (
     "Goncharov et al. vox2vec: A Framework for Self-supervised Contrastive Learning of Voxel-level Representations in Medical "
     "Images. MICCAI 2023. arXiv:2307.14725"
 )
-OPTIM = OptimSettings(
-    lr=3e-4, weight_decay=0.0, betas=(0.9, 0.999), schedule="cosine", final_lr=3e-4, warmup=0.0, clip=1.0
-)
+OPTIM = OptimSettings(lr=3e-4, weight_decay=0.0, betas=(0.9, 0.999), schedule="constant", warmup=0.0, clip=1.0)
 """Adam at a constant rate, the released code's."""
 
 
