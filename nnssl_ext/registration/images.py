@@ -25,6 +25,9 @@ ORIENTATION = "RAS"
 BORDER = 64
 """Voxels that a scan's border is repeated for at most, linearly between slices; beyond them the nearest voxel is repeated."""
 
+TIE = 1e-4
+"""Voxels by which a view is larger than its box, so that rounding does not decide on what lies on its faces."""
+
 Spacing = tuple[float, float, float]
 
 
@@ -159,9 +162,12 @@ def _bordered(image: sitk.Image, grid: Grid, transform: sitk.Transform) -> sitk.
 
 
 def view_field(image: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> Bool[np.ndarray, "Z Y X"]:
-    """Which voxels of `grid` lie inside the image."""
+    """Which voxels of `grid` have their centres inside the image's box."""
     inside = sitk.Image(image.GetSize(), sitk.sitkUInt8) + 1
-    inside.CopyInformation(image)
+    size = np.array(image.GetSize())
+    inside.SetOrigin(image.TransformContinuousIndexToPhysicalPoint((TIE / size - TIE).tolist()))
+    inside.SetSpacing((image.GetSpacing() * (1 + 2 * TIE / size)).tolist())
+    inside.SetDirection(image.GetDirection())
     transform = transform or sitk.Transform(3, sitk.sitkIdentity)
     seen = sitk.Resample(inside, reference(grid), transform, sitk.sitkNearestNeighbor, 0)
     return sitk.GetArrayFromImage(seen) > 0
@@ -190,7 +196,8 @@ def common_grid(fixed: Scan, moving: Scan, initial: sitk.Transform, spacing: Spa
     length = np.array(own.size) * own.spacing
     inner = np.ceil(length / mm - 1e-3).astype(int)  # a hair beyond a whole number is rounding in the header
     rim = np.ceil(margin / mm).astype(int)
-    around = _subgrid(own, mm, -rim, inner + 2 * rim)
+    first = (length / mm - inner) / 2  # voxels reach beyond the box alike at both of its ends
+    around = _subgrid(own, mm, first - rim, inner + 2 * rim)
     inside, seen = view_field(fixed.image, around), view_field(moving.image, around, initial)
     if not (inside & seen).any():
         raise NnsslError(
@@ -200,11 +207,11 @@ def common_grid(fixed: Scan, moving: Scan, initial: sitk.Transform, spacing: Spa
     (box,) = ndimage.find_objects(seen.view(np.uint8))
     lower = np.minimum([part.start for part in box], rim)
     upper = np.maximum([part.stop for part in box], rim + inner)
-    return _subgrid(own, mm, lower - rim, upper - lower)
+    return _subgrid(own, mm, first + lower - rim, upper - lower)
 
 
 def _subgrid(grid: Grid, spacing: np.ndarray, lower: np.ndarray, size: np.ndarray) -> Grid:
-    """Voxels of another spacing whose voxel (0, 0, 0) begins at the first face of `grid`: `size` of them from `lower` on."""
+    """`size` voxels of another spacing; the first begins `lower` of them from the first face of `grid`."""
     first = (lower + 0.5) * spacing - 0.5 * np.asarray(grid.spacing)  # mm from the first centre to the new first centre
     origin = np.asarray(grid.origin) + np.reshape(grid.direction, (3, 3)) @ first[::-1]
     nz, ny, nx = (int(n) for n in size)

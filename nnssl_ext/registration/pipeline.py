@@ -20,7 +20,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.registration.affine import initial_transform
 from nnssl_ext.registration.extraction import ExtractionSettings
 from nnssl_ext.registration.features import FeatureSource, pair_features, working_spacing
-from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, finest_cubes, place, view_field
+from nnssl_ext.registration.images import TIE, Grid, Scan, Spacing, common_grid, finest_cubes, place, view_field
 from nnssl_ext.registration.projection import COMPONENTS
 from nnssl_ext.registration.solver import Field, SolverSettings, register_features
 
@@ -145,7 +145,7 @@ def describe_pair(
         natural = [scan.foreground() for scan in (fixed, moving)]
         masks, counted = [], []
         for scan, to, view, foreground in zip((fixed, moving), transforms, views, natural, strict=True):
-            inside = _placed(scan, foreground.astype(np.uint8), grid, to, labels=True) > 0
+            inside = _placed(scan, foreground.astype(np.float32), grid, to) > 0.5 - TIE
             masks.append(_foreground(inside & view, scan))
             counted.append(inside & view if scan.mask is not None else view)
     with _measured("features", device, seconds, memory):
@@ -262,10 +262,10 @@ def _choose_grid(
 
 
 def _placed(
-    scan: Scan, array: Shaped[np.ndarray, "Z Y X"], grid: Grid, transform: sitk.Transform, labels: bool = False
+    scan: Scan, array: Shaped[np.ndarray, "Z Y X"], grid: Grid, transform: sitk.Transform
 ) -> Shaped[np.ndarray, "z y x"]:
     """An array on a scan's grid, brought onto the common grid."""
-    return place(scan.grid.image(array), grid, transform, labels)
+    return place(scan.grid.image(array), grid, transform)
 
 
 def _foreground(mask: Bool[np.ndarray, "Z Y X"], scan: Scan) -> Bool[np.ndarray, "Z Y X"]:
