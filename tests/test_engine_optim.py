@@ -153,9 +153,10 @@ def test_a_rule_for_no_parameter_is_named():
 
 def test_optimisers_take_the_settings():
     module = nn.Linear(2, 2)
-    sgd = build_optimizer(module, OptimSettings(optimizer="sgd", lr=0.01, betas=(0.99, 0.0)))
-    assert isinstance(sgd, torch.optim.SGD)
-    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.99, True)
+    for kind, nesterov in (("sgd", False), ("nesterov", True)):
+        sgd = build_optimizer(module, OptimSettings(optimizer=kind, lr=0.01, betas=(0.99, 0.0)))
+        assert isinstance(sgd, torch.optim.SGD)
+        assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.99, nesterov)
     adamw = build_optimizer(module, OptimSettings(betas=(0.9, 0.98)))
     assert isinstance(adamw, torch.optim.AdamW)
     assert adamw.defaults["betas"] == (0.9, 0.98)

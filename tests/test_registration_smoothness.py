@@ -52,15 +52,31 @@ def test_only_the_mask_counts():
     assert found.fold_percent == 0
 
 
-def test_nothing_left_is_not_an_error():
-    assert smoothness(torch.zeros(3, 4, 9, 9)).sdlogj == 0
-    assert smoothness(torch.zeros(3, 3, 9, 9)).fold_percent == 0
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_of_thin_fields_the_middle_remains(depth):
+    """The second axis is stretched by 2 in the mask's first row, and folded in the other."""
+    field = torch.zeros(3, depth, 9, 9)
+    field[1] = torch.tensor([0.0, 1, 2, 3, 4, 5, 2, -1, -4]).view(
+        1, 9, 1
+    )  # central differences: 1 up to 4, then -1 at 5, -3
+    mask = torch.zeros(depth, 9, 9, dtype=torch.bool)
+    mask[:, 3], mask[:, 6] = True, True
+    found = smoothness(field, mask)
+    assert found.fold_percent == 50
+    assert found.sdlogj_l2r == pytest.approx(np.std(np.log([2 + 3, -2 + 3])), rel=1e-5)
+    assert jacobian_determinant(field).shape == (1 if depth % 2 else 2, 5, 5)
 
 
-def test_folds_of_a_flow_are_removed_and_the_rest_stays():
+def test_a_mask_that_leaves_nothing_is_not_an_error():
+    found = smoothness(torch.zeros(3, 4, 9, 9), torch.zeros(4, 9, 9, dtype=torch.bool))
+    assert (found.sdlogj, found.sdlogj_l2r, found.fold_percent) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("depth", [24, 2])
+def test_folds_of_a_flow_are_removed_and_the_rest_stays(depth):
     torch.manual_seed(0)
-    velocity = torch.zeros(3, 24, 24, 24)
-    velocity[:, 8:12, 8:12, 8:12] = 12 * torch.randn(3, 4, 4, 4)
+    velocity = torch.zeros(3, depth, 24, 24)
+    velocity[:, -16:12, 8:12, 8:12] = 12 * torch.randn(3, min(depth, 4), 4, 4)
     assert (jacobian_determinant(exponential(velocity), 1) <= 0).any()
     mended = without_folds(velocity)
     assert (jacobian_determinant(exponential(mended), 1) > 0).all()

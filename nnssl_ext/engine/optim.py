@@ -121,9 +121,10 @@ def build_optimizer(module: nn.Module, optim: OptimSettings, rules: Sequence[Opt
     """
     groups = parameter_groups(module, rules)
     fused = next(module.parameters()).device.type in ("cuda", "cpu")
-    if optim.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], nesterov=True, fused=fused)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
+    if optim.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused)
+    nesterov = optim.optimizer == "nesterov"
+    return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.betas[0], nesterov=nesterov, fused=fused)
 
 
 def clip_gradients(module: nn.Module, optim: OptimSettings) -> Float[Tensor, ""]:

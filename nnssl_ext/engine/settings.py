@@ -14,7 +14,7 @@ class OptimSettings:
     """Optimiser and schedule.
 
     Attributes:
-        optimizer: ``adamw`` or ``sgd`` (Nesterov).
+        optimizer: ``adamw``, ``sgd`` with momentum, or ``nesterov``, which is nnU-Net's SGD.
         lr: peak learning rate.
         lr_scaling: how the peak follows the batch: ``none``, or ``lr`` times the square root (DINOv2) or the first power
             (SimSiam) of cases per optimiser step / ``lr_batch``.
@@ -22,7 +22,7 @@ class OptimSettings:
             decide it.
         weight_decay: on matrices and kernels only; biases, norms and other vectors are not decayed.
         weight_decay_end: weight decay at the end of the run, reached by a cosine; None = constant.
-        betas: AdamW's; ``betas[0]`` is SGD's momentum.
+        betas: AdamW's; ``betas[0]`` is the momentum of the others.
         schedule: ``poly`` = nnU-Net's (1 - t) ** 0.9, ``cosine`` to ``final_lr``, or ``constant``, after a linear warm-up from 0.
         warmup: share of all optimiser steps, or their number from 1 on.
         final_lr: learning rate at the end of ``cosine``, whatever the scaling.
@@ -31,7 +31,7 @@ class OptimSettings:
         accumulate: micro-batches per optimiser step.
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd", "nesterov"] = "adamw"
     lr: float = 3e-4
     lr_scaling: Literal["none", "sqrt", "linear"] = "none"
     lr_batch: int | None = 1024

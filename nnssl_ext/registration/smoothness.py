@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from nnssl_ext.registration.separable import apply_kernels, smoothing_kernels
 from nnssl_ext.registration.warp import exponential
 
 MARGIN = 2
-"""Voxels left out at every face: where fields are extrapolated, and where differences would be one-sided."""
+"""Voxels left out at every face: where fields are extrapolated, and where differences would be one-sided. Fewer along an axis
+of which nothing would be left."""
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,28 @@ class Smoothness:
 def jacobian_determinant(
     displacement_voxels: Float[Tensor, "3 Z Y X"], margin: int = MARGIN
 ) -> Float[Tensor, "_z _y _x"]:
-    """Determinant of the Jacobian of ``x + d(x)`` by central differences, without `margin` >= 1 voxels at every face.
+    """Determinant of the Jacobian of ``x + d(x)`` by central differences (one-sided at a face that no margin leaves out),
+    in the `_inner` part of the grid.
 
-    It is the same in voxels and in mm: spacings cancel. Empty where the grid is not longer than two margins.
+    It is the same in voxels and in mm: spacings cancel.
     """
-    length = [max(size - 2 * margin, 0) for size in displacement_voxels.shape[1:]]
-
-    def shifted(axis: int, by: int) -> Tensor:
-        part = displacement_voxels
-        for other in range(3):
-            part = part.narrow(other + 1, margin + (by if other == axis else 0) if length[other] else 0, length[other])
-        return part
-
+    inner = (slice(None), *_inner(displacement_voxels.shape[1:], margin))
     # rows[a][c]: how component c changes along axis a
-    rows = [(shifted(axis, 1) - shifted(axis, -1)) / 2 for axis in range(3)]
-    for axis in range(3):
+    rows = []
+    for axis, length in enumerate(displacement_voxels.shape[1:]):
+        if length > 1:
+            rows.append(torch.gradient(displacement_voxels, dim=axis + 1)[0][inner])
+        else:  # one slice: nothing changes
+            rows.append(torch.zeros_like(displacement_voxels[inner]))
         rows[axis][axis] += 1
     a, b, c = rows
     return a[0] * (b[1] * c[2] - b[2] * c[1]) - a[1] * (b[0] * c[2] - b[2] * c[0]) + a[2] * (b[0] * c[1] - b[1] * c[0])
+
+
+def _inner(shape: Sequence[int], margin: int) -> tuple[slice, ...]:
+    """All but `margin` voxels at every face, or as many as leave at least one or two."""
+    margins = [min(margin, (length - 1) // 2) for length in shape]
+    return tuple(slice(left_out, length - left_out) for left_out, length in zip(margins, shape, strict=True))
 
 
 @torch.no_grad()
@@ -67,14 +71,10 @@ def smoothness(
 ) -> Smoothness:
     """`Smoothness` over the grid without its margin, or over the part of it where the mask is True.
 
-    All figures are 0 where no voxel remains.
+    All figures are 0 where the mask leaves none.
     """
     determinant = jacobian_determinant(displacement_voxels, margin)
-    if mask is None:
-        values = determinant.flatten()
-    else:
-        z, y, x = (slice(margin, -margin) for _ in range(3))
-        values = determinant[mask[z, y, x]]
+    values = determinant.flatten() if mask is None else determinant[mask[_inner(mask.shape, margin)]]
     if not len(values):
         return Smoothness(0.0, 0.0, 0.0)
     positive = values[values > 0]
@@ -95,7 +95,7 @@ def without_folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Float[Tensor, "3
     kernels = smoothing_kernels(velocity_voxels.shape[1:], 2, device=velocity_voxels.device)
     reach = 2
     while (folds := _folds(velocity_voxels) | _folds(-velocity_voxels)).any():
-        around = F.pad(folds[None].float(), (1,) * 6)
+        around = folds[None].float()
         for _ in range(reach):
             around = (apply_kernels(around, kernels) > 0).float()
         share = apply_kernels(around, kernels)
@@ -104,8 +104,10 @@ def without_folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Float[Tensor, "3
     return velocity_voxels
 
 
-def _folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Bool[Tensor, "_z _y _x"]:
-    return jacobian_determinant(exponential(velocity_voxels), margin=1) <= 0
+def _folds(velocity_voxels: Float[Tensor, "3 Z Y X"]) -> Bool[Tensor, "Z Y X"]:
+    folds = torch.zeros(velocity_voxels.shape[1:], dtype=torch.bool, device=velocity_voxels.device)
+    folds[_inner(folds.shape, 1)] = jacobian_determinant(exponential(velocity_voxels), margin=1) <= 0
+    return folds
 
 
 def match_smoothness(

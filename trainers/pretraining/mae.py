@@ -75,7 +75,7 @@ class MAESettings:
         if plan.preset.startswith(("Primus", "Swin")):  # transformers
             return cls()
         sgd = OptimSettings(
-            optimizer="sgd", lr=1e-2, weight_decay=3e-5, betas=(0.99, 0.0), schedule="poly", warmup=0.0, clip=12.0
+            optimizer="nesterov", lr=1e-2, weight_decay=3e-5, betas=(0.99, 0.0), schedule="poly", warmup=0.0, clip=12.0
         )
         return cls(optim=sgd)
 
