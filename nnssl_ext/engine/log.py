@@ -34,7 +34,7 @@ class TrainingLog:
         self.rows: list[Row] = []
         if epochs_done and self.path.exists():
             with open(self.path, newline="") as file:
-                rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+                rows = [{k: _number(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
             self.rows = [row for row in rows if row["epoch"] < epochs_done]
         self.findings: list[Finding] = diagnose(self.rows, RULES)
 
@@ -60,6 +60,11 @@ class TrainingLog:
             *(str(finding) for finding in self.findings if finding.rule not in old),
             *(f"no longer: {finding.rule}" for finding in before if finding.rule not in new),
         ]
+
+
+def _number(text: str) -> float | int:
+    """As it was before it was written: counts are whole numbers, and stay so when a run goes on."""
+    return int(text) if text.isdigit() else float(text)
 
 
 def open_tracker(kind: str, output: Path, settings: dict[str, Any]) -> Callable[[Row], None]:
