@@ -165,6 +165,7 @@ class PretrainPlan:
         spacing: target mm, z, y, x.
         channels: image channels.
         hounsfield: per channel, how the plans normalise it where it is a CT that nnU-Net normalises as such, else None.
+        token_size: voxels per token, z, y, x, else None.
     """
 
     plans_name: str
@@ -176,6 +177,7 @@ class PretrainPlan:
     spacing: tuple[float, float, float]
     channels: int
     hounsfield: tuple[HounsfieldScale | None, ...] = (None,)
+    token_size: Size | None = None
 
 
 @runtime_checkable

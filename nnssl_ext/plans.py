@@ -89,6 +89,7 @@ def pretrain_plan(plans: dict[str, Any], configuration: str, channels: int) -> P
         spacing=(float(z), float(y), float(x)),
         channels=channels,
         hounsfield=tuple(_hounsfield(plans, found, channel) for channel in range(channels)),
+        token_size=size("token_size") if block.get("token_size") else None,
     )
 
 

@@ -12,6 +12,7 @@ from tiny_dataset import BACKBONES, CROP, plans_of
 
 from nnssl_ext.contracts import Method, Progress
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.networks.student_teacher import TeacherSettings, dense_level
 from nnssl_ext.plans import pretrain_plan
 from nnssl_ext.trainers.pretraining.dino3d import DINO3DSettings, DINO3DTrainer
@@ -235,3 +236,28 @@ def test_published_recipes_at_full_size_and_without_what_small_batches_cannot_ca
     assert IBOTSettings.for_plan(plan) == IBOTSettings()
     assert not IBOTSettings.for_plan(replace(plan, preset="ResEncL")).share_head
     assert DINO3DSettings.for_plan(replace(plan, preset="ResEncL")).drop_path is None
+
+
+@pytest.mark.parametrize(
+    ("token", "expected"),
+    [
+        (None, ((24, 24, 24), (12, 12, 12))),
+        ((4, 4, 4), ((24, 24, 24), (12, 12, 12))),
+        ((8, 8, 8), ((24, 24, 24), (16, 16, 16))),
+        ((4, 16, 16), ((24, 32, 32), (12, 16, 16))),
+    ],
+)
+def test_crops_of_the_tiny_presets_are_whole_tokens_and_no_larger_than_the_plans(token, expected):
+    plan = replace(pretrain_plan(plans_of("PrimusTiny"), "3d_fullres", 1), token_size=token)
+    for kind in (DINO3DSettings, IBOTSettings):
+        crops = kind.for_plan(replace(plan, global_crop=(48, 48, 48), local_crop=(32, 32, 32))).crops
+        assert (crops.global_crop, crops.local_crop) == expected
+    small = replace(plan, global_crop=(16, 48, 48), local_crop=(8, 32, 32))
+    assert DINO3DSettings.for_plan(small).crops.global_crop == (16, *expected[0][1:])
+
+
+def test_plans_tell_how_large_their_tokens_are():
+    plans = plans_of("PrimusTiny")
+    backbone = build_backbone(plans, "3d_fullres", 1)
+    assert pretrain_plan(plans, "3d_fullres", 1).token_size == backbone.token_size
+    assert pretrain_plan(plans_of("ResEncTiny"), "3d_fullres", 1).token_size is None

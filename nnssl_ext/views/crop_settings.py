@@ -14,7 +14,7 @@ from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
 from nnssl_ext.views.recipes import DINO_INTENSITY, DINO_MILD_INTENSITY, DINO_SPATIAL, DINO_STILL
 
 SMALL_GLOBAL, SMALL_LOCAL = 24, 12
-"""Voxels; with tokens of 4 that makes 216 and 27 tokens, 3DINO's numbers."""
+"""Voxels; with tokens of 4 that makes 216 and 27 tokens, 3DINO's numbers. Other tokens round them up to whole ones."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,13 @@ class CropSettings:
         other cases have not, where all cases show one organ: no flips and turns, larger shares, fewer and larger local crops,
         and of 3DINO's augmentations blur, sharpening and noise. With 3DINO's own, DINO's teacher became uniform on
         hippocampus; ``docs/views.md`` has the correlations between views."""
-        global_crop, local_crop = (
-            (min(z, most), min(y, most), min(x, most))
-            for most, (z, y, x) in ((SMALL_GLOBAL, plan.global_crop), (SMALL_LOCAL, plan.local_crop))
-        )
+        tokens = plan.token_size or (1, 1, 1)
+
+        def at_most(edge: int, crop: Size) -> Size:
+            z, y, x = (min(-(-edge // token) * token, most) for token, most in zip(tokens, crop, strict=True))
+            return z, y, x
+
+        global_crop, local_crop = at_most(SMALL_GLOBAL, plan.global_crop), at_most(SMALL_LOCAL, plan.local_crop)
         first, second, local = DINO_MILD_INTENSITY
         return cls(
             global_crop=global_crop,
