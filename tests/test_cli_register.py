@@ -16,7 +16,7 @@ from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.cli import register
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, sha256_of
-from nnssl_ext.registration.batch import read_pairs
+from nnssl_ext.registration.batch import read_pairs, sums_of
 from nnssl_ext.registration.outputs import MEASURES
 
 FILES = {"warped.nii.gz", "displacement.nii.gz", "transform.h5", "measures.json", "overview.png"}
@@ -213,6 +213,17 @@ def test_files_that_changed_are_registered_again(tmp_path, monkeypatch, capsys):
     ):
         change()
         assert [done_before(second), done_before(second)] == [False, True]
+
+
+@pytest.mark.parametrize("ending", ["mhd", "nhdr"])
+def test_voxels_that_changed_beside_their_header_are_noticed(tmp_path, ending):
+    file = tmp_path / f"scan[1].{ending}"
+    sums = []
+    for value in (1, 1, 2):
+        write(file, np.full((4, 5, 6), value, np.uint8))
+        sums.append((file.read_bytes(), sums_of({"fixed": file})["fixed"]))
+    assert sums[0] == sums[1]
+    assert sums[1][0] == sums[2][0] and sums[1][1] != sums[2][1]
 
 
 def test_a_start_for_all_that_changed_is_another_one(tmp_path, monkeypatch, capsys):

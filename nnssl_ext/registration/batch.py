@@ -6,6 +6,7 @@ import csv
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
+from glob import escape
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,12 +40,18 @@ class PairFiles:
         return {role: Path(value) for role, value in given.items() if value not in get_args(Start)}
 
 
+HEADERS = (".mhd", ".nhdr", ".hdr")
+"""Endings of files whose voxels are in another file of the same name."""
+
+
 def sums_of(paths: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of each file; those that cannot be read are named by whoever needs them."""
+    """SHA-256 of each file, and of its voxels where they are in another; those that cannot be read are named by whoever needs
+    them."""
     found = {}
     for role, path in paths.items():
+        files = sorted(path.parent.glob(f"{escape(path.stem)}.*")) if path.suffix in HEADERS else [path]
         with suppress(OSError):
-            found[role] = sha256_of(path)
+            found[role] = " ".join(sha256_of(file) for file in files)
     return found
 
 
