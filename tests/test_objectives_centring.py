@@ -67,6 +67,15 @@ def test_half_precision_logits_neither_overflow_nor_lose_balance(dtype, size):
     torch.testing.assert_close(found, sinkhorn_knopp(logits.float(), 0.04))
 
 
+@pytest.mark.parametrize("lower", [50.0, 85.0, 100.0, 1e4])
+def test_prototypes_that_no_sample_comes_near_get_their_share_all_the_same(lower):
+    """Half of the prototypes are lower by e^-lower for all samples; one factor for each makes up for that, however small it is."""
+    logits = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+    shifted = logits.clone()
+    shifted[:, :6] -= lower
+    torch.testing.assert_close(sinkhorn_knopp(shifted, 1.0), sinkhorn_knopp(logits, 1.0), rtol=2e-3, atol=0)
+
+
 def test_nothing_hidden_gives_nothing():
     assert sinkhorn_knopp(torch.empty(0, 5), 0.04).shape == (0, 5)
     targets = TeacherTargets(5, "centre")

@@ -21,8 +21,6 @@ from nnssl_ext.objectives.processes import max_over_processes, sum_over_processe
 Centring = Literal["centre", "sinkhorn", "none"]
 SINKHORN_ITERATIONS = 3
 """SwAV and DINOv2."""
-UNUSED = 1e-30
-"""Floor of a prototype's total: its inverse, summed over millions of prototypes, still fits into float32."""
 
 
 def sinkhorn_knopp(
@@ -31,20 +29,20 @@ def sinkhorn_knopp(
     """Probabilities close to ``softmax(logits / temperature)`` of which every prototype gets about the same share.
 
     The matrix ``exp(logits / temperature)`` is scaled by one factor per prototype, then by one per sample, in turn. Samples of
-    all processes count, however many each has. The last scaling is per sample: rows sum to 1.
+    all processes count, however many each has. The last scaling is per sample: rows sum to 1. Factors and sums are logarithms,
+    so that however far logits are apart nothing overflows and nothing vanishes.
     """
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         scaled = logits.float() / temperature
-        peaks = scaled.amax(dim=1)  # taken out of the exponentials, so that none overflows and no row vanishes
-        kernel = torch.exp(scaled - peaks[:, None])
-        highest = peaks.amax() if len(peaks) else peaks.new_full((), -torch.inf)
-        per_sample = torch.exp(peaks - max_over_processes(highest))
-        per_prototype = kernel.new_ones(kernel.shape[1])
+        per_sample = scaled.new_zeros(len(scaled))
+        per_prototype = scaled.new_zeros(scaled.shape[1])
         for _ in range(iterations):
-            per_prototype = 1 / sum_over_processes(per_sample @ kernel).clamp(min=UNUSED)
-            per_prototype /= per_prototype.sum()  # only products of the factors matter; each alone would drift away
-            per_sample = 1 / (kernel @ per_prototype)
-        return kernel * per_prototype * per_sample[:, None]
+            weights = scaled + per_sample[:, None]
+            highest = weights.amax(dim=0) if len(weights) else torch.full_like(per_prototype, -torch.inf)
+            highest = max_over_processes(highest)
+            per_prototype = -(highest + sum_over_processes(weights.sub_(highest).exp_().sum(dim=0)).log())
+            per_sample = -torch.logsumexp(scaled + per_prototype, dim=1)
+        return torch.exp(scaled + per_prototype + per_sample[:, None])
 
 
 class TeacherTargets(nn.Module):
