@@ -1,6 +1,15 @@
-"""The training log of a run that goes on: what was written stays as it was, and what was not saved is written again."""
+"""The training log: means of what steps and processes tell; rows of a run that goes on stay as they were."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
 
 from nnssl_ext.engine.log import TrainingLog
+from nnssl_ext.engine.loop import _add, _means
+from nnssl_ext.files import read_json
+from nnssl_ext.records import Step
 
 
 def row(epoch: int) -> dict[str, float | int]:
@@ -25,3 +34,36 @@ def test_a_run_that_begins_anew_keeps_nothing(tmp_path):
     log = TrainingLog(tmp_path, 0, lambda row: None)
     log.add(row(0))
     assert log.path.read_text().count("\n") == 2
+
+
+def step(loss: float, **terms: float) -> Step:
+    return Step(torch.tensor(loss), {name: torch.tensor(value) for name, value in terms.items()}, {})
+
+
+def test_means_are_over_the_steps_that_tell_a_figure():
+    sums = {}
+    _add(sums, [step(2.0, hidden=0.5), step(4.0, grad_norm=3.0)])  # two micro-batches, and then two more
+    _add(sums, [step(6.0), step(8.0, hidden=0.7, grad_norm=5.0)])
+    totals = {name: (float(total), count) for name, (total, count) in sums.items()}
+    found = _means(totals, 1)
+    assert found == pytest.approx({"loss": 5.0, "hidden": 0.6, "grad_norm": 4.0})
+
+
+TWO = """
+import json, sys
+import torch.distributed as dist
+from nnssl_ext.engine.loop import _means
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+mine = [{"loss": (6.0, 2), "hidden": (1.0, 1)}, {"other": (5.0, 2), "loss": (2.0, 2)}][rank]
+with open(f"{folder}/{rank}.json", "w") as file:
+    json.dump(_means(mine, 2), file)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_need_not_tell_the_same_figures(tmp_path):
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(rank), str(tmp_path)]) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    for rank in (0, 1):
+        assert read_json(tmp_path / f"{rank}.json") == {"loss": 2.0, "hidden": 1.0, "other": 2.5}

@@ -116,7 +116,7 @@ def test_autocast_leaves_the_known_deformation_and_its_image_exact(cases, monkey
 def test_a_single_case_teaches_without_others(cases):
     method = method_of()
     step = method(views_of(cases, method.view_policy, batch=1))
-    assert step.terms["cross_error"] == step.terms["cross_contrast"] == 0 < step.terms["error"]
+    assert not any(name.startswith("cross_") for name in step.terms) and step.terms["error"] > 0
     assert set(method.pictures(views_of(cases, method.view_policy, batch=1))) >= {"fixed", "moving, registered"}
 
 
@@ -124,7 +124,7 @@ def test_a_weight_of_zero_spares_registering_different_cases(cases, monkeypatch)
     method = method_of(cross=0.0)
     monkeypatch.setattr(method, "_find", lambda *_: pytest.fail("different cases were registered"))
     step = method(views_of(cases, method.view_policy))
-    assert step.terms["cross_error"] == step.terms["cross_contrast"] == 0 < step.terms["error"]
+    assert not any(name.startswith("cross_") for name in step.terms) and step.terms["error"] > 0
 
 
 def crops_of(cases, stride=(1, 1, 1), labels=()):

@@ -34,9 +34,6 @@ from nnssl_ext.monitors.standard import standard_monitors
 from nnssl_ext.records import Step
 from nnssl_ext.reports.run_report import write_run_report
 
-SUMMED = "summed_steps"
-"""Key of the number of steps in a sum of figures."""
-
 
 @dataclass
 class Watch:
@@ -142,7 +139,7 @@ def train_epoch(parts: Parts, state: TrainState, watch: Watch, batches: Iterator
     """
     job, fabric = parts.job, parts.fabric
     todo = job.settings.iterations - state.step % job.settings.iterations
-    sums = {name: torch.tensor(value, device=fabric.device) for name, value in state.sums.items()}
+    sums = {name: (torch.tensor(total, device=fabric.device), count) for name, (total, count) in state.sums.items()}
     start, waited = time.perf_counter(), 0.0
     parts.graph.train()
     title = f"epoch {state.step // job.settings.iterations + 1}/{job.settings.epochs}"
@@ -163,9 +160,9 @@ def train_epoch(parts: Parts, state: TrainState, watch: Watch, batches: Iterator
         if done < todo and _agreed(fabric, watch.stop):
             break
     elapsed = time.perf_counter() - start
-    state.sums = {name: float(value) for name, value in sums.items()}
+    state.sums = {name: (float(total), count) for name, (total, count) in sums.items()}
     cases = done * job.settings.optim.accumulate * job.run.batch_size * fabric.world_size
-    return {**_means(fabric, state.sums), "cases_per_s": cases / elapsed, "data_wait": waited / elapsed}
+    return {**_means(state.sums, fabric.world_size), "cases_per_s": cases / elapsed, "data_wait": waited / elapsed}
 
 
 def close_epoch(
@@ -235,21 +232,24 @@ def roll_back(parts: Parts, state: TrainState, faults: Faults) -> TrainState:
     return restored
 
 
-def _add(sums: dict[str, Tensor], steps: list[Step]) -> None:
-    """Add the figures of one optimiser step, on the device."""
+def _add(sums: dict[str, tuple[Tensor, int]], steps: list[Step]) -> None:
+    """Add the figures of one optimiser step, on the device, and how often each was told."""
     for step in steps:
         for name, value in {"loss": step.loss.detach(), **step.terms}.items():
-            share = value.float() if name == "grad_norm" else value.float() / len(steps)
-            sums[name] = sums.get(name, torch.zeros_like(share)) + share
-    one = torch.ones((), device=steps[0].loss.device)
-    sums[SUMMED] = sums.get(SUMMED, torch.zeros_like(one)) + one
+            total, count = sums.get(name, (torch.zeros_like(value, dtype=torch.float32), 0))
+            sums[name] = total + value.float(), count + 1
 
 
-def _means(fabric: Fabric, sums: dict[str, float]) -> dict[str, float]:
-    """Means over steps and processes."""
-    count = max(sums.get(SUMMED, 0.0), 1.0)
-    means = {n: torch.tensor(value / count, device=fabric.device) for n, value in sums.items() if n != SUMMED}
-    return {name: float(cast(Tensor, fabric.all_reduce(value, reduce_op="mean"))) for name, value in means.items()}
+def _means(sums: dict[str, tuple[float, int]], processes: int) -> dict[str, float]:
+    """Means over the steps and processes that told a figure; not all of them tell all."""
+    everyone: list[dict[str, tuple[float, int]]] = [sums]
+    if processes > 1:
+        everyone = [{}] * processes
+        torch.distributed.all_gather_object(everyone, sums)
+    told: dict[str, list[tuple[float, int]]] = {}
+    for name, figure in (item for one in everyone for item in one.items()):
+        told.setdefault(name, []).append(figure)
+    return {name: sum(total for total, _ in all_) / sum(count for _, count in all_) for name, all_ in told.items()}
 
 
 def _norm(method: nn.Module) -> float:

@@ -27,7 +27,7 @@ class TrainState:
         rollback_step: step of the checkpoint of the latest roll-back, -1 if none.
         skipped: non-finite steps of the whole run.
         best: lowest epoch loss so far.
-        sums: running sums of this epoch's figures, so that a run stopped in mid-epoch logs the whole epoch.
+        sums: running sums of this epoch's figures and how many there were, so that a run stopped in mid-epoch logs the whole epoch.
         comparison: figures of `compare_gradients` from the first step of this epoch.
         weight_norm: norm of the trained weights when this epoch began.
         origin: the checkpoint that the run started from, see `nnssl_ext.engine.method.Beginning`; empty without one.
@@ -38,7 +38,7 @@ class TrainState:
     rollback_step: int = -1
     skipped: int = 0
     best: float = float("inf")
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     comparison: dict[str, float] = field(default_factory=dict)
     weight_norm: float = 0.0
     origin: dict[str, Any] = field(default_factory=dict)

@@ -105,7 +105,8 @@ class RegistrationSettings:
 
     @classmethod
     def for_plan(cls, plan: PretrainPlan) -> RegistrationSettings:
-        """As published; short runs on whole cases for the Tiny presets."""
+        """Short runs on whole cases for the Tiny presets. Optimiser, weights and iterations are our choice; what is CoRe's is
+        said where it stands."""
         if plan.preset.endswith("Tiny"):
             optim = OptimSettings(lr=1e-3, schedule="cosine", betas=(0.9, 0.95))
             return cls(epochs=10, iterations=50, crop=plan.global_crop, places=512, optim=optim)
@@ -259,7 +260,7 @@ class RegistrationTrainer(nn.Module):
         parts: dict[str, Tensor] = {}
         for name in same[0]:
             known, found = (_mean([losses[name] for losses in kind], zero) for kind in (same, different))
-            means |= {name: known.detach(), f"cross_{name}": found.detach()}
+            means |= {name: known.detach()} | ({f"cross_{name}": found.detach()} if different else {})
             parts[name] = weights[name] * (known + settings.cross * found)
         means |= {name: loss.detach() for name, loss in told.items()}
         parts |= {name: settings.segmentation * loss for name, loss in told.items()}
