@@ -61,6 +61,15 @@ def test_gamma_equals_batchgenerators(images, name, inverted):
             torch.testing.assert_close(ours, theirs(image=image.clone())["image"], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("exponent", [0.5, 2.0])
+def test_the_power_law_equals_batchgenerators_gamma_without_retained_statistics(images, exponent):
+    result = augment(images.clone(), [{"power_law": exponent}] * 3)
+    theirs = GammaTransform((exponent, exponent), 0, True, 1, 0)
+    for image, ours in zip(images, result, strict=True):
+        torch.testing.assert_close(ours, theirs(image=image.clone())["image"], atol=1e-3, rtol=1e-3)
+    assert (result.mean() - images.mean()).abs() > 0.5
+
+
 def test_gamma_of_a_heavy_tailed_image_keeps_mean_and_std():
     image = torch.randn(1, 1, 64, 64, 64)
     image[0, 0, 0, 0, 0] = 5000  # nearly all voxels within 0.1 % of the range
@@ -97,7 +106,7 @@ def test_drawn_strengths_are_in_the_order_of_application():
     settable = [name for name in AUGMENTATIONS if hasattr(IntensitySettings, name)]
     every = IntensitySettings(**dict.fromkeys(settable, 1.0))
     drawn = draw_intensity(every, np.random.default_rng(0))
-    assert len(settable) == 14 and [name for name in drawn if not name.endswith("_seed")] == settable
+    assert len(settable) == 15 and [name for name in drawn if not name.endswith("_seed")] == settable
 
 
 @pytest.mark.parametrize("band", [0, 3, 200])

@@ -133,6 +133,13 @@ def low_resolution(voxels: Voxels, scale: Strength, seeds: Seeds) -> Voxels:
     return separable(voxels, kernel)
 
 
+def power_law(voxels: Voxels, exponent: Strength, seeds: Seeds) -> Voxels:
+    """Power law between each channel's minimum and maximum, which changes mean and standard deviation (MONAI's default)."""
+    low, high = voxels.amin(SPATIAL, keepdim=True), voxels.amax(SPATIAL, keepdim=True)
+    span = (high - low).clamp(min=1e-7)
+    return voxels.sub_(low).div_(span).pow_(wide(exponent, voxels)).mul_(span).add_(low)
+
+
 def gamma(voxels: Voxels, exponent: Strength, seeds: Seeds) -> Voxels:
     """Power law between each channel's minimum and maximum; its mean and standard deviation are then restored."""
     low, high = voxels.amin(SPATIAL, keepdim=True), voxels.amax(SPATIAL, keepdim=True)
@@ -169,6 +176,7 @@ AUGMENTATIONS: dict[str, Callable[[Voxels, Strength, Seeds], Voxels]] = {
     "low_resolution": low_resolution,
     "gamma_inverted": gamma_inverted,
     "gamma": gamma,
+    "power_law": power_law,
     "gibbs": gibbs,
     "shuffle": shuffle,
     "bezier": bezier,

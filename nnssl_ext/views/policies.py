@@ -66,6 +66,7 @@ class IntensitySettings:
         sharpen, sharpen_amount: unsharp masking.
         filter: probability of either blur or sharpening, each as often; None: of both, each by its own probability.
         shift, shift_range: addition, in units of the normalised intensity.
+        power_law, power_law_range: `gamma` that keeps neither mean nor std, its exponent uniform in the range. 0.5 to 2: 3DINO.
         gibbs, gibbs_extent: ringing; 0.42 keeps exactly the frequencies below Nyquist's in every direction.
         cutout, cutout_share: boxes replaced by the mean. At most 0.3: Swin UNETR's pretraining.
     """
@@ -94,6 +95,8 @@ class IntensitySettings:
     filter: float | None = None
     shift: float = 0.0
     shift_range: Range = (-0.5, 0.5)
+    power_law: float = 0.0
+    power_law_range: Range = (0.5, 2.0)
     gibbs: float = 0.0
     gibbs_extent: Range = (0.0, 0.6)
     cutout: float = 0.0
@@ -225,6 +228,7 @@ def draw_intensity(settings: IntensitySettings, rng: np.random.Generator) -> dic
         "low_resolution": settings.low_resolution_scale,
         "gamma_inverted": settings.gamma_range,
         "gamma": settings.gamma_range,
+        "power_law": settings.power_law_range,
         "gibbs": settings.gibbs_extent,
         "cutout": settings.cutout_share,
     }

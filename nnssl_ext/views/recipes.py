@@ -43,8 +43,7 @@ DINO_STILL = replace(DINO_SPATIAL, flip=(0.0, 0.0, 0.0), rot90=(0.0, 0.0, 0.0))
 
 _DINO = replace(
     NO_INTENSITY,
-    gamma=0.27,
-    gamma_range=(0.5, 2.0),
+    power_law=0.27,
     noise=0.27,
     noise_std=(0.001 * UNITS, 0.001 * UNITS),
     histogram_shift=0.27,
@@ -56,7 +55,7 @@ DINO_INTENSITY = (replace(_DINO, filter=1.0), replace(_DINO, filter=0.1, gibbs=0
 (here each with p 0.27), either smoothing or sharpening with p 1, 0.1 and 0.5, ringing with p 0.2 on the second. Its noise of 0.002
 is on images in [-1, 1]."""
 
-DINO_MILD_INTENSITY = tuple(replace(recipe, gamma=0.0, histogram_shift=0.0, gibbs=0.0) for recipe in DINO_INTENSITY)
+DINO_MILD_INTENSITY = tuple(replace(recipe, power_law=0.0, histogram_shift=0.0, gibbs=0.0) for recipe in DINO_INTENSITY)
 """3DINO's without what changes a case's contrast, for cases that differ by little else (ours)."""
 
 REGISTRATION_SPATIAL = SpatialSettings(
