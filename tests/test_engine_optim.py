@@ -174,18 +174,25 @@ class TwoModules(nn.Module):
         self.backbone.weight.grad, self.head.weight.grad = torch.tensor(backbone), torch.tensor(head)
 
 
-def test_gradients_are_clipped_together_or_per_child_module():
+def test_gradients_are_clipped_together_per_child_module_or_each():
     together = TwoModules([3.0, 4.0], [0.0, 12.0])
     assert float(clip_gradients(together, OptimSettings(clip=1.3))) == pytest.approx(13)
     torch.testing.assert_close(together.backbone.weight.grad, torch.tensor([0.3, 0.4]))
     torch.testing.assert_close(together.head.weight.grad, torch.tensor([0.0, 1.2]))
     apart = TwoModules([3.0, 4.0], [0.0, 2.0])
-    assert float(clip_gradients(apart, OptimSettings(clip=3.0, clip_per_module=True))) == pytest.approx(29**0.5)
+    assert float(clip_gradients(apart, OptimSettings(clip=3.0, clip_by="module"))) == pytest.approx(29**0.5)
     torch.testing.assert_close(apart.backbone.weight.grad, torch.tensor([1.8, 2.4]))
     torch.testing.assert_close(apart.head.weight.grad, torch.tensor([0.0, 2.0]))
+    apart = TwoModules([3.0, 4.0], [0.0, 2.0])
+    apart.head.bias = nn.Parameter(torch.zeros(2))
+    apart.head.bias.grad = torch.tensor([6.0, 8.0])
+    assert float(clip_gradients(apart, OptimSettings(clip=3.0, clip_by="parameter"))) == pytest.approx(129**0.5)
+    torch.testing.assert_close(apart.backbone.weight.grad, torch.tensor([1.8, 2.4]))
+    torch.testing.assert_close(apart.head.weight.grad, torch.tensor([0.0, 2.0]))
+    torch.testing.assert_close(apart.head.bias.grad, torch.tensor([1.8, 2.4]))
 
 
-@pytest.mark.parametrize("per_module", [False, True])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(per_module):
+@pytest.mark.parametrize("clip_by", ["all", "module", "parameter"])
+def test_a_gradient_that_is_not_finite_shows_in_the_norm(clip_by):
     module = TwoModules([1.0, 2.0], [float("nan"), 0.0])
-    assert not torch.isfinite(clip_gradients(module, OptimSettings(clip_per_module=per_module)))
+    assert not torch.isfinite(clip_gradients(module, OptimSettings(clip_by=clip_by)))

@@ -128,16 +128,17 @@ def build_optimizer(module: nn.Module, optim: OptimSettings, rules: Sequence[Opt
 
 
 def clip_gradients(module: nn.Module, optim: OptimSettings) -> Float[Tensor, ""]:
-    """Scale gradients down to a norm of ``clip``: all together, or those of each child module on its own.
+    """Scale gradients down to a norm of ``clip``: all together, those of each child module, or each on its own.
 
     A parameter that several children share belongs to the first of them. Nothing is read from the device.
 
     Returns:
         The norm of the whole gradient before clipping; not finite if any gradient is not.
     """
-    children: dict[str, list[nn.Parameter]] = {}
+    groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.grad is not None:
-            children.setdefault(name.split(".")[0] if optim.clip_per_module else "", []).append(parameter)
-    norms = [clip_grad_norm_(parameters, optim.clip) for parameters in children.values()]
+            group = {"all": "", "module": name.split(".")[0], "parameter": name}[optim.clip_by]
+            groups.setdefault(group, []).append(parameter)
+    norms = [clip_grad_norm_(parameters, optim.clip) for parameters in groups.values()]
     return torch.linalg.vector_norm(torch.stack(norms))

@@ -27,7 +27,8 @@ class OptimSettings:
         warmup: share of all optimiser steps, or their number from 1 on.
         final_lr: learning rate at the end of ``cosine``, whatever the scaling.
         clip: largest gradient norm.
-        clip_per_module: clip each child module of the method on its own (DINOv2: backbone and heads).
+        clip_by: what is clipped on its own: ``all`` gradients together, each child ``module`` of the method (DINOv2: backbone
+            and heads), or each ``parameter`` (DINO, iBOT).
         accumulate: micro-batches per optimiser step.
     """
 
@@ -42,7 +43,7 @@ class OptimSettings:
     warmup: float = 0.05
     final_lr: float = 1e-6
     clip: float = 1.0
-    clip_per_module: bool = False
+    clip_by: Literal["all", "module", "parameter"] = "all"
     accumulate: int = 1
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ OPTIM = OptimSettings(
     schedule="cosine",
     warmup=0.1,
     clip=3.0,
-    clip_per_module=True,
+    clip_by="module",
 )
 """DINOv2's and 3DINO's."""
 

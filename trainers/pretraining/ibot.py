@@ -37,7 +37,7 @@ OPTIM = OptimSettings(
     schedule="cosine",
     warmup=0.0125,
     clip=3.0,
-    clip_per_module=True,
+    clip_by="parameter",
 )
 """The paper's, with its warm-up of 10 in 800 epochs."""
 
