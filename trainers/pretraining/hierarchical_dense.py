@@ -8,6 +8,7 @@ of windowed (`local`); and from its finest map the network restores the crop as 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,6 +36,8 @@ HIERARCHICAL_DENSE = (
     "arXiv:2401.06473"
 )
 Balancing = Literal["trained", "frozen", "none"]
+WINDOW = (-175.0, 250.0)
+"""HU that are black and white in the paper's images."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class HierarchicalDenseSettings:
         width: channels of each level after it.
         local: corrupt crops locally; off: vox2vec's filters, noise and windows.
         restoration: weight of the squared error of restoring the clean crop, of images on which black to white is 1; 0 = without.
+            CT is cut to the paper's window for it.
         scale: what is body: -47.5 HU is 0.3 of the paper's window of [-175, 250] HU, as is its threshold for MR.
         spatial: turns and zooms of each crop; none in the paper.
         local_intensity, window_intensity: augmentations of each crop with and without `local`.
@@ -101,6 +105,7 @@ class HierarchicalDenseTrainer(DenseContrast):
     """
 
     settings_type = HierarchicalDenseSettings
+    grey_scale: Float[Tensor, "3 C 1 1 1"]
     citations = (HIERARCHICAL_DENSE, VOX2VEC)
 
     def __init__(self, settings: HierarchicalDenseSettings, backbone: Backbone, plan: PretrainPlan) -> None:
@@ -108,6 +113,7 @@ class HierarchicalDenseTrainer(DenseContrast):
         super().__init__(backbone, settings.contrast, width, train_balance=settings.balance == "trained")
         self.settings = settings
         self.restore = nn.Conv3d(backbone.decoder_channels[0], plan.channels, 1) if settings.restoration else None
+        self.register_buffer("grey_scale", _grey_scale(plan), persistent=False)
         self.view_policy = AnchoredPairs(
             settings.crop or plan.local_crop,
             settings.local_intensity if settings.local else settings.window_intensity,
@@ -146,6 +152,20 @@ class HierarchicalDenseTrainer(DenseContrast):
             assert view.clean is not None
             clean.append(view.clean)
             inside.append(inside_case(view).expand_as(view.clean))
-        target = torch.cat(clean)
+        black, white, width = self.grey_scale
+        target = torch.cat(clean).clamp(black, white) / width
         weight = torch.cat(inside).to(target.dtype)
-        return masked_error(restore(found.levels.levels[0]), target, weight) / UNITS**2
+        return masked_error(restore(found.levels.levels[0]) / width, target, weight)
+
+
+def _grey_scale(plan: PretrainPlan) -> Float[Tensor, "3 C 1 1 1"]:
+    """What is black and what is white in units of the normalised image, and how far these are apart. Intensities that are not
+    Hounsfield units know no bounds."""
+    channels = []
+    for scale in plan.hounsfield:
+        if scale is None:
+            channels.append((-math.inf, math.inf, UNITS))
+        else:
+            black, white = ((hu - scale.mean) / scale.std for hu in WINDOW)
+            channels.append((black, white, white - black))
+    return torch.tensor(channels).T[..., None, None, None]
