@@ -9,6 +9,7 @@ from tiny_dataset import job_of, write_dataset
 
 from nnssl_ext.cli import train
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json, write_json
 
 
 @pytest.fixture
@@ -26,6 +27,16 @@ def dataset(nnunet_env):
 def test_values_out_of_range_are_refused_by_their_flag(dataset, flag, value):
     with pytest.raises(NnsslError, match=f"^{flag} {value}"):
         job_of(flag, value)
+
+
+@pytest.mark.parametrize(("flags", "weight"), [((), 0.1), (("--batch_size", "8"), 0.1), (("--batch_size", "7"), 0.0)])
+def test_defaults_that_follow_the_batch_follow_that_of_the_run(dataset, flags, weight):
+    """KoLeo needs eight neighbours in a step, whatever the plans say."""
+    plans = dataset / "nnsslPrimusTinyPlans.json"
+    content = read_json(plans)
+    content["configurations"]["3d_fullres"]["nnssl"] |= {"preset": "PrimusM", "batch_size": 16}
+    write_json(plans, content)
+    assert job_of(*flags, method="DINO3DTrainer").settings.koleo_weight == weight
 
 
 def test_a_scan_is_no_list_of_cases(dataset, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,7 @@ def _default_settings(args: argparse.Namespace) -> tuple[Any, str]:
     from nnssl_ext.engine.job import plan_of
 
     _, plan = plan_of(args.dataset, args.p, args.configuration)
-    return settings.for_plan(plan), f"of {args.p}"
+    return settings.for_plan(replace(plan, batch_size=args.batch_size or plan.batch_size)), f"of {args.p}"
 
 
 def _job(args: argparse.Namespace, rest: list[str]) -> Job:
@@ -137,14 +138,16 @@ def _job(args: argparse.Namespace, rest: list[str]) -> Job:
     method = load_method(args.tr)
     dataset = dataset_name(args.dataset)
     plans, plan = plan_of(dataset, args.p, args.configuration)
-    settings = settings_from_flags(method.settings_type.for_plan(plan), rest, f"nnssl_train -tr {args.tr}")
+    batch_size = plan.batch_size if args.batch_size is None else args.batch_size
+    defaults = method.settings_type.for_plan(replace(plan, batch_size=batch_size))
+    settings = settings_from_flags(defaults, rest, f"nnssl_train -tr {args.tr}")
     device = device_name(args.device)
     only = _case_names(args.cases) if args.cases else None
     return Job(
         method=args.tr,
         settings=settings,
         run=RunSettings(
-            batch_size=plan.batch_size if args.batch_size is None else args.batch_size,
+            batch_size=batch_size,
             seed=args.seed,
             device=device,
             processes=args.num_gpus,

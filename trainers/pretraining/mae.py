@@ -46,7 +46,8 @@ class MAESettings:
             hardly matters for fine-tuning.
         spatial: crops and nnU-Net's flips, rotations and zooms.
         augment_intensity, intensity: off, because crops suffice (MAE, Table 1e).
-        optim: nnssl's values for Primus and for ResEnc.
+        optim: nnssl's values for SimMIM on Primus, for both variants (MIM-Med3D's MAE has the same rate and decay; nnssl's own on
+            Primus 3e-5 and 5e-3), and for MAE on ResEnc.
     """
 
     epochs: int = 1000
