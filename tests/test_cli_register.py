@@ -215,6 +215,19 @@ def test_files_that_changed_are_registered_again(tmp_path, monkeypatch, capsys):
         assert [done_before(second), done_before(second)] == [False, True]
 
 
+def test_a_result_that_lacks_a_file_is_made_again(tmp_path, monkeypatch, capsys):
+    scan(tmp_path / "f.nrrd"), scan(tmp_path / "m.nrrd", 1)
+    (tmp_path / "pairs.csv").write_text("name,fixed,moving\np,f.nrrd,m.nrrd\n")
+    flags = ("--pairs", tmp_path / "pairs.csv", "-c", "mind", "-o", tmp_path / "out", *QUICK)
+    said = []
+    for lost in ("", "", "warped.nii.gz", "transform.h5"):
+        if lost:
+            (tmp_path / "out" / "p" / lost).unlink()
+        assert call(monkeypatch, *flags) == 0
+        said.append("done before" in capsys.readouterr().out)
+    assert said == [False, True, False, False] and (tmp_path / "out" / "p" / "warped.nii.gz").is_file()
+
+
 @pytest.mark.parametrize("ending", ["mhd", "nhdr"])
 def test_voxels_that_changed_beside_their_header_are_noticed(tmp_path, ending):
     file = tmp_path / f"scan[1].{ending}"

@@ -15,6 +15,7 @@ from nnssl_ext.networks.build import build_network
 from nnssl_ext.registration.encoder import load_encoder, random_encoder
 from nnssl_ext.registration.extraction import FeatureMap
 from nnssl_ext.registration.features import files_of, load_features, pair_features, parts_of, working_spacing
+from nnssl_ext.registration.frame import Turn
 from nnssl_ext.registration.projection import fuse, joint_pca
 
 CPU = torch.device("cpu")
@@ -221,6 +222,30 @@ def test_fused_features_of_a_pair(checkpoint):
     fixed, moving = pair_features(sources, volumes, (1.0, 1.0, 1.0), mask, mask)
     assert fixed.shape == moving.shape and fixed.shape[1:] == (12, 13, 14)
     assert fixed.isfinite().all() and moving.isfinite().all()
+
+
+@pytest.mark.parametrize("turn", [Turn((2, 0, 1), (1,)), Turn((1, 0, 2), (0, 2))], ids=str)
+def test_a_network_sees_scans_as_they_were_loaded_whatever_the_frame(checkpoint, turn):
+    """Spacings, volumes and foregrounds are turned back for it, its features turned into the frame."""
+    rng = np.random.default_rng(0)
+    shape = (16, 24, 20)
+    volumes = rng.normal(size=(2, *shape)).astype(np.float32)
+    masks = [torch.from_numpy(rng.random(shape) > 0.3) for _ in range(2)]
+    sources = load_features(str(checkpoint), torch.device("cpu"))
+    assert sources[0].oriented
+    spacing = (1.0, 2.0, 3.0)
+    loaded = pair_features(sources, [(volumes[0], volumes[1])], spacing, *masks)
+    there = [turn.there(torch.from_numpy(volume)).numpy() for volume in volumes]
+    framed = pair_features(
+        sources,
+        [(there[0], there[1])],
+        turn.lengths_there(spacing),
+        turn.there(masks[0]),
+        turn.there(masks[1]),
+        turn=turn,
+    )
+    for one, other in zip(loaded, framed, strict=True):
+        assert torch.equal(turn.there(one), other)
 
 
 def test_paths_may_hold_what_joins_and_what_begins_a_level(tmp_path):

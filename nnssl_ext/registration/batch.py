@@ -13,7 +13,7 @@ from typing import Any, get_args
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, sha256_of, write_json
 from nnssl_ext.registration.affine import Start
-from nnssl_ext.registration.outputs import MEASURES
+from nnssl_ext.registration.outputs import DISPLACEMENT, MEASURES, TRANSFORM, WARPED
 
 FAILURES = "failures.json"
 
@@ -138,6 +138,8 @@ def run_batch(
 
 
 def _done(folder: Path, request: dict[str, Any]) -> bool:
+    if not all((folder / name).is_file() for name in (DISPLACEMENT, TRANSFORM, WARPED)):
+        return False
     try:
         found = read_json(folder / MEASURES)
     except NnsslError:

@@ -18,6 +18,7 @@ from nnssl_ext.files import sha256_of
 from nnssl_ext.records import Size
 from nnssl_ext.registration.encoder import Encoder, load_encoder, random_encoder
 from nnssl_ext.registration.extraction import LABELS, ExtractionSettings, FeatureMap, extract
+from nnssl_ext.registration.frame import AS_LOADED, Turn
 from nnssl_ext.registration.mind import isotropic_dilation, mind
 from nnssl_ext.registration.projection import COMPONENTS, fuse, joint_pca
 
@@ -35,6 +36,7 @@ class FeatureSource(Protocol):
         about: one phrase for reports.
         spacing: mm along z, y, x at which scans must be described, or None for any.
         components: keep that many principal components of a pair, or None for all channels as they are.
+        oriented: whether volumes must come in the order of axes in which scans are loaded, as in a network's training.
         notes: what deserves attention, one sentence each.
     """
 
@@ -46,6 +48,8 @@ class FeatureSource(Protocol):
     def spacing(self) -> Spacing | None: ...
     @property
     def components(self) -> int | None: ...
+    @property
+    def oriented(self) -> bool: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
 
@@ -69,6 +73,7 @@ class Mind:
     name: str = "mind"
     spacing: Spacing | None = None
     components: int | None = None
+    oriented: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -96,6 +101,7 @@ class Intensity:
     about: str = "intensities between the foreground's percentiles 1 and 99"
     spacing: Spacing | None = None
     components: int | None = None
+    oriented: bool = False
     notes: tuple[str, ...] = ()
 
     def normalise(
@@ -122,6 +128,7 @@ class Network:
     encoder: Encoder
     extraction: ExtractionSettings = field(default_factory=ExtractionSettings)
     components: int | None = COMPONENTS
+    oriented: bool = True
 
     @property
     def about(self) -> str:
@@ -216,6 +223,7 @@ def pair_features(
     fixed_mask: Bool[Tensor, "Z Y X"],
     moving_mask: Bool[Tensor, "Z Y X"],
     weights: Sequence[float] | None = None,
+    turn: Turn = AS_LOADED,
 ) -> tuple[Float[Tensor, "C Z Y X"], Float[Tensor, "C Z Y X"]]:
     """Features of both scans at every voxel of the common grid, ready for `solver.register_features`.
 
@@ -226,14 +234,18 @@ def pair_features(
         fixed_mask, moving_mask: foreground on the common grid, on the device where the work is to be done: what principal
             components and the scale of several sources are computed from.
         weights: of the sources; equal if None.
+        turn: how the common grid's axes were made of those of loaded scans, for sources that are `oriented`.
     """
-    z, y, x = fixed_mask.shape
     blocks = []
     for source, pair in zip(sources, volumes, strict=True):
-        maps = [source.describe(torch.from_numpy(volume).to(fixed_mask.device), spacing) for volume in pair]
+        turned = turn if source.oriented else AS_LOADED
+        masks = [turned.back(mask) for mask in (fixed_mask, moving_mask)]
+        sides = [turned.back(torch.from_numpy(volume).to(fixed_mask.device)) for volume in pair]
+        maps = [source.describe(volume, turned.lengths_back(spacing)) for volume in sides]
         if source.components is not None:
-            maps = list(joint_pca(maps[0], maps[1], fixed_mask, moving_mask, source.components))
-        blocks.append((maps[0].on_grid((z, y, x)), maps[1].on_grid((z, y, x))))
+            maps = list(joint_pca(maps[0], maps[1], masks[0], masks[1], source.components))
+        z, y, x = masks[0].shape
+        blocks.append((turned.there(maps[0].on_grid((z, y, x))), turned.there(maps[1].on_grid((z, y, x)))))
     return fuse(blocks, weights or [1.0] * len(blocks), fixed_mask, moving_mask)
 
 

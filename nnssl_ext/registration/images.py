@@ -25,9 +25,6 @@ ORIENTATION = "RAS"
 BORDER = 64
 """Voxels that a scan's border is repeated for at most, linearly between slices; beyond them the nearest voxel is repeated."""
 
-TIE = 1e-4
-"""Voxels by which a view is larger than its box, so that rounding does not decide on what lies on its faces."""
-
 Spacing = tuple[float, float, float]
 
 
@@ -153,21 +150,15 @@ def _bordered(image: sitk.Image, grid: Grid, transform: sitk.Transform) -> sitk.
     ITK's extrapolator would take the nearest voxel along all three axes, also along those that are inside: a scan of thick slices
     would go on in steps.
     """
-    last = [length - 1 for length in reference(grid).GetSize()]
-    corners = [reference(grid).TransformIndexToPhysicalPoint(c) for c in itertools.product(*((0, n) for n in last))]
-    seen = np.array([image.TransformPhysicalPointToContinuousIndex(transform.TransformPoint(c)) for c in corners])
-    beyond = np.stack([-seen.min(axis=0), seen.max(axis=0) - np.array(image.GetSize()) + 1])
-    lower, upper = np.ceil(beyond).clip(0, BORDER).astype(int).tolist()
+    beyond = _beyond(grid_of(image), grid, transform)
+    lower, upper = np.ceil(beyond[:, ::-1]).clip(0, BORDER).astype(int).tolist()
     return sitk.ZeroFluxNeumannPad(image, lower, upper)
 
 
 def view_field(image: sitk.Image, grid: Grid, transform: sitk.Transform | None = None) -> Bool[np.ndarray, "Z Y X"]:
-    """Which voxels of `grid` have their centres inside the image's box."""
+    """Which voxels of `grid` lie inside the image."""
     inside = sitk.Image(image.GetSize(), sitk.sitkUInt8) + 1
-    size = np.array(image.GetSize())
-    inside.SetOrigin(image.TransformContinuousIndexToPhysicalPoint((TIE / size - TIE).tolist()))
-    inside.SetSpacing((image.GetSpacing() * (1 + 2 * TIE / size)).tolist())
-    inside.SetDirection(image.GetDirection())
+    inside.CopyInformation(image)
     transform = transform or sitk.Transform(3, sitk.sitkIdentity)
     seen = sitk.Resample(inside, reference(grid), transform, sitk.sitkNearestNeighbor, 0)
     return sitk.GetArrayFromImage(seen) > 0
@@ -195,9 +186,12 @@ def common_grid(fixed: Scan, moving: Scan, initial: sitk.Transform, spacing: Spa
     mm = np.array(spacing, float)
     length = np.array(own.size) * own.spacing
     inner = np.ceil(length / mm - 1e-3).astype(int)  # a hair beyond a whole number is rounding in the header
-    rim = np.ceil(margin / mm).astype(int)
-    first = (length / mm - inner) / 2  # voxels reach beyond the box alike at both of its ends
-    around = _subgrid(own, mm, first - rim, inner + 2 * rim)
+    rims = np.stack([np.ceil(margin / mm).astype(int)] * 2)  # at both ends
+    if initial.IsLinear():  # no further than the moving scan reaches: what a grid takes is bounded, whatever the margin
+        beyond = _beyond(_subgrid(own, mm, 0 * inner, inner), moving.grid, initial.GetInverse())
+        rims = np.minimum(rims, np.ceil(beyond).clip(0).astype(int) + 1)
+    low, high = rims
+    around = _subgrid(own, mm, -low, low + inner + high)
     inside, seen = view_field(fixed.image, around), view_field(moving.image, around, initial)
     if not (inside & seen).any():
         raise NnsslError(
@@ -205,13 +199,23 @@ def common_grid(fixed: Scan, moving: Scan, initial: sitk.Transform, spacing: Spa
             "let the start be found (--init centre, rigid or affine), or correct the headers",
         )
     (box,) = ndimage.find_objects(seen.view(np.uint8))
-    lower = np.minimum([part.start for part in box], rim)
-    upper = np.maximum([part.stop for part in box], rim + inner)
-    return _subgrid(own, mm, first + lower - rim, upper - lower)
+    lower = np.minimum([part.start for part in box], low)
+    upper = np.maximum([part.stop for part in box], low + inner)
+    return _subgrid(own, mm, lower - low, upper - lower)
+
+
+def _beyond(grid: Grid, other: Grid, transform: sitk.Transform) -> Float[np.ndarray, "2 3"]:
+    """How many voxels of `grid` a box reaches beyond its first and its last voxel along z, y, x; negative where it does not."""
+    last = [length - 1 for length in other.size[::-1]]
+    corners = itertools.product(*((-0.5, n + 0.5) for n in last))
+    points = [reference(other).TransformContinuousIndexToPhysicalPoint(corner) for corner in corners]
+    seen = [reference(grid).TransformPhysicalPointToContinuousIndex(transform.TransformPoint(p)) for p in points]
+    places = np.array(seen)[:, ::-1]
+    return np.stack((-places.min(axis=0), places.max(axis=0) - np.array(grid.size) + 1))
 
 
 def _subgrid(grid: Grid, spacing: np.ndarray, lower: np.ndarray, size: np.ndarray) -> Grid:
-    """`size` voxels of another spacing; the first begins `lower` of them from the first face of `grid`."""
+    """Voxels of another spacing whose voxel (0, 0, 0) begins at the first face of `grid`: `size` of them from `lower` on."""
     first = (lower + 0.5) * spacing - 0.5 * np.asarray(grid.spacing)  # mm from the first centre to the new first centre
     origin = np.asarray(grid.origin) + np.reshape(grid.direction, (3, 3)) @ first[::-1]
     nz, ny, nx = (int(n) for n in size)

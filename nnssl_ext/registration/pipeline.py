@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import SimpleITK as sitk
@@ -17,10 +18,11 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from nnssl_ext.errors import NnsslError
-from nnssl_ext.registration.affine import initial_transform
+from nnssl_ext.registration.affine import Start, initial_transform
 from nnssl_ext.registration.extraction import ExtractionSettings
 from nnssl_ext.registration.features import FeatureSource, pair_features, working_spacing
-from nnssl_ext.registration.images import TIE, Grid, Scan, Spacing, common_grid, finest_cubes, place, view_field
+from nnssl_ext.registration.frame import Frame, frame_of
+from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, finest_cubes, place, view_field
 from nnssl_ext.registration.projection import COMPONENTS
 from nnssl_ext.registration.solver import Field, SolverSettings, register_features
 
@@ -59,13 +61,14 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class DescribedPair:
-    """Two scans on their common grid, ready for any solver.
+    """Two scans on their common grid, ready for any solver. Voxels are those of `frame`.
 
     Attributes:
-        fixed, moving: the scans.
+        fixed, moving: the scans, as they were loaded.
         initial: world point of the fixed scan -> world point of the moving scan, applied before the deformation.
         initial_note: one sentence on where `initial` comes from.
-        grid: the common grid.
+        frame: what the common grid's axes are.
+        grid: the common grid, in `frame`.
         features: of both scans, at every voxel of it.
         foreground: of both scans.
         counted: what may be compared, or None for every voxel.
@@ -78,6 +81,7 @@ class DescribedPair:
     moving: Scan
     initial: sitk.Transform
     initial_note: str
+    frame: Frame
     grid: Grid
     features: tuple[Float[Tensor, "C Z Y X"], Float[Tensor, "C Z Y X"]]
     foreground: tuple[Bool[np.ndarray, "Z Y X"], Bool[np.ndarray, "Z Y X"]]
@@ -89,7 +93,8 @@ class DescribedPair:
 
 @dataclass(frozen=True)
 class Registration:
-    """A registered pair: `DescribedPair` and the deformation found on its grid.
+    """A registered pair: `DescribedPair` and the deformation found on its grid, all in the world and in the order of axes in
+    which scans are loaded.
 
     Attributes:
         field: the deformation on the common grid; ``warped(x) = moving(initial(x + d(x)))``.
@@ -138,14 +143,20 @@ def describe_pair(
     seconds: dict[str, float] = {}
     memory: dict[str, float] = {}
     with _measured("start", device, seconds, memory):
-        initial, initial_note = initial_transform(fixed, moving, settings.init)
-        grid, grid_notes = _choose_grid(fixed, moving, initial, sources, settings)
-        transforms = (sitk.Transform(3, sitk.sitkIdentity), initial)
-        views = [view_field(scan.image, grid, to) for scan, to in zip((fixed, moving), transforms, strict=True)]
-        natural = [scan.foreground() for scan in (fixed, moving)]
+        frame = frame_of(fixed)
+        scans = frame.scan(fixed), frame.scan(moving)
+        start, initial_note = initial_transform(*scans, settings.init)
+        if settings.init in get_args(Start):
+            initial = frame.outward(start)
+        else:  # it was read from a file, and is between world points
+            initial, start = start, frame.inward(start)
+        grid, grid_notes = _choose_grid(*scans, start, sources, settings, frame)
+        transforms = (sitk.Transform(3, sitk.sitkIdentity), start)
+        views = [view_field(scan.image, grid, to) for scan, to in zip(scans, transforms, strict=True)]
+        natural = [scan.foreground() for scan in scans]
         masks, counted = [], []
-        for scan, to, view, foreground in zip((fixed, moving), transforms, views, natural, strict=True):
-            inside = _placed(scan, foreground.astype(np.float32), grid, to) > 0.5 - TIE
+        for scan, to, view, foreground in zip(scans, transforms, views, natural, strict=True):
+            inside = _placed(scan, foreground.astype(np.uint8), grid, to, labels=True) > 0
             masks.append(_foreground(inside & view, scan))
             counted.append(inside & view if scan.mask is not None else view)
     with _measured("features", device, seconds, memory):
@@ -154,17 +165,21 @@ def describe_pair(
         for source in sources:
             fixed_volume, moving_volume = (
                 _placed(scan, source.normalise(scan.voxels, foreground), grid, to)
-                for scan, to, foreground in zip((fixed, moving), transforms, natural, strict=True)
+                for scan, to, foreground in zip(scans, transforms, natural, strict=True)
             )
             volumes.append((fixed_volume, moving_volume))
-        described = pair_features(sources, volumes, grid.spacing, tensors[0], tensors[1], settings.weights)
+        described = pair_features(
+            sources, volumes, grid.spacing, tensors[0], tensors[1], settings.weights, turn=frame.turn
+        )
     weights = [None if mask.all() else torch.from_numpy(mask).to(device) for mask in counted]
-    about = [note for source in sources for note in (*source.notes, *_spacing_notes(source, fixed, moving, grid))]
+    spacing = frame.turn.lengths_back(grid.spacing)
+    about = [note for source in sources for note in (*source.notes, *_spacing_notes(source, fixed, moving, spacing))]
     return DescribedPair(
         fixed,
         moving,
         initial,
         initial_note,
+        frame,
         grid,
         described,
         (masks[0], masks[1]),
@@ -187,15 +202,16 @@ def deform_pair(pair: DescribedPair, solve: Callable[[], Field]) -> Registration
     with _measured("solver", pair.features[0].device, seconds, memory):
         found = solve()
     seconds |= {f"solver_{stage}": value for stage, value in found.seconds.items()}
-    few = tuple(maps[:12].cpu() for maps in pair.features)
+    turn = pair.frame.turn
+    few = tuple(turn.back(maps[:12].cpu()) for maps in pair.features)
     return Registration(
         pair.fixed,
         pair.moving,
         pair.initial,
         pair.initial_note,
-        pair.grid,
-        found,
-        pair.foreground[0],
+        pair.frame.grid_back(pair.grid),
+        pair.frame.field_back(found),
+        turn.back(torch.from_numpy(pair.foreground[0])).numpy(),
         (few[0], few[1]),
         seconds,
         memory,
@@ -232,13 +248,18 @@ def _measured(stage: str, device: torch.device, seconds: dict[str, float], memor
 
 
 def _choose_grid(
-    fixed: Scan, moving: Scan, initial: sitk.Transform, sources: Sequence[FeatureSource], settings: PairSettings
+    fixed: Scan,
+    moving: Scan,
+    initial: sitk.Transform,
+    sources: Sequence[FeatureSource],
+    settings: PairSettings,
+    frame: Frame,
 ) -> tuple[Grid, list[str]]:
     """The common grid, and what deserves attention about its size: float32 features of both scans, `COMPONENTS` per source,
     should fit `features.memory_gib`. What else is in memory comes to 1.3 times as much with MIND alone (measured)."""
     allowed = settings.features.memory_gib
     asked = settings.spacing or working_spacing(sources)
-    first = spacing = asked or finest_cubes(fixed)
+    first = spacing = frame.turn.lengths_there(asked) if asked else finest_cubes(fixed)
     while True:
         # margin: displacements may point as far as the solver searches
         grid = common_grid(fixed, moving, initial, spacing, settings.solver.reach_mm(spacing))
@@ -250,7 +271,7 @@ def _choose_grid(
     notes = []
     if needed > allowed:
         notes.append(
-            f"the features of both scans on the common grid of {grid} take about {needed:.3g} GiB, more than "
+            f"the features of both scans on the common grid of {frame.grid_back(grid)} take about {needed:.3g} GiB, more than "
             f"--features.memory_gib {allowed:g}; a coarser --spacing takes less"
         )
     elif spacing != first:
@@ -262,10 +283,10 @@ def _choose_grid(
 
 
 def _placed(
-    scan: Scan, array: Shaped[np.ndarray, "Z Y X"], grid: Grid, transform: sitk.Transform
+    scan: Scan, array: Shaped[np.ndarray, "Z Y X"], grid: Grid, transform: sitk.Transform, labels: bool = False
 ) -> Shaped[np.ndarray, "z y x"]:
     """An array on a scan's grid, brought onto the common grid."""
-    return place(scan.grid.image(array), grid, transform)
+    return place(scan.grid.image(array), grid, transform, labels)
 
 
 def _foreground(mask: Bool[np.ndarray, "Z Y X"], scan: Scan) -> Bool[np.ndarray, "Z Y X"]:
@@ -277,13 +298,13 @@ def _foreground(mask: Bool[np.ndarray, "Z Y X"], scan: Scan) -> Bool[np.ndarray,
     return mask
 
 
-def _spacing_notes(source: FeatureSource, fixed: Scan, moving: Scan, grid: Grid) -> list[str]:
+def _spacing_notes(source: FeatureSource, fixed: Scan, moving: Scan, spacing: Spacing) -> list[str]:
     """Where a network sees voxels of another size than in its training."""
     if source.spacing is None:
         return []
     found = []
-    if not np.allclose(grid.spacing, source.spacing, rtol=1e-3):
-        found.append(f"{source.name} was trained at {_mm(source.spacing)}, the common grid has {_mm(grid.spacing)}")
+    if not np.allclose(spacing, source.spacing, rtol=1e-3):
+        found.append(f"{source.name} was trained at {_mm(source.spacing)}, the common grid has {_mm(spacing)}")
     for scan in (fixed, moving):
         ratio = np.array(scan.grid.spacing) / source.spacing
         if max(ratio.max(), 1 / ratio.min()) > FAR_SPACING:

@@ -29,45 +29,28 @@ def voxels_per_cell(shape: Size, spacing: Sequence[float], cell_mm: float) -> Si
 
 
 def pool(
-    features: Float[Tensor, "C Z Y X"],
-    pooling: Size,
-    mask: Mask | None = None,
-    *,
-    mirrored: Sequence[int] = (),
-    compatible: bool = False,
+    features: Float[Tensor, "C Z Y X"], pooling: Size, mask: Mask | None = None, *, compatible: bool = False
 ) -> tuple[Float[Tensor, "C z y x"], Float[Tensor, "z y x"] | None]:
     """Means over cells, and the share of each cell that counts (None: all of every cell does).
 
     Args:
         mask: voxels that are False enter no mean. A cell without others takes the mean of its neighbours, so that nothing
             hidden enters what is interpolated between it and them.
-        mirrored: axes (0 is z) to turn round first: cells come mirrored, and what remains of such an axis is at its near end.
         compatible: drop the remainder of an axis, as the convexAdam package does, instead of completing the last cell.
     """
     remainder = any(length % factor for length, factor in zip(features.shape[1:], pooling, strict=True))
     if compatible or (mask is None and not remainder):
-        return mirror(F.avg_pool3d(features[None], pooling)[0], mirrored), None
-    counts = torch.ones_like(features[:1]) if mask is None else mirror(mask[None].to(features.dtype), mirrored)
+        return F.avg_pool3d(features[None], pooling)[0], None
+    counts = torch.ones_like(features[:1]) if mask is None else mask[None].to(features.dtype)
     padding = _missing(features, pooling)
     weight = F.avg_pool3d(F.pad(counts, padding), pooling)
     # channel by channel: maps of whole scans are large, and copies of them would be too
-    sums = [F.avg_pool3d(F.pad(mirror(one, mirrored) * counts, padding), pooling) for one in features.split(1)]
+    sums = [F.avg_pool3d(F.pad(channel[None] * counts, padding), pooling) for channel in features]
     means = torch.cat(sums) / weight.clamp(min=1e-6)
     seen = (weight > 0).to(features.dtype)
     kernels = smoothing_kernels(weight.shape[1:], 1, device=weight.device)
     around = apply_kernels(means * seen, kernels) / apply_kernels(seen, kernels).clamp(min=1e-6)
     return torch.where(weight > 0, means, around), weight[0]
-
-
-def mirror(maps: Float[Tensor, "C Z Y X"], axes: Sequence[int]) -> Float[Tensor, "C Z Y X"]:
-    """The maps with some of their axes (0 is z) turned round; for displacements see `mirror_field`."""
-    return maps.flip([axis + 1 for axis in axes]) if axes else maps
-
-
-def mirror_field(field: Cells, axes: Sequence[int]) -> Cells:
-    """The displacement field of a mirrored pair from that of the pair, and the other way round."""
-    sign = [-1 if axis in axes else 1 for axis in range(3)]
-    return mirror(field * _per_axis(field, (sign[0], sign[1], sign[2])), axes)
 
 
 def cells_to_voxels(field_cells: Cells, pooling: Size, shape: Size, *, compatible: bool = False) -> Voxels:

@@ -27,7 +27,6 @@ from nnssl_ext.registration.pooling import (
     Mask,
     cells_to_voxels,
     geometric_mean,
-    mirror_field,
     pool,
     voxels_per_cell,
     voxels_to_cells,
@@ -78,11 +77,16 @@ class SolverSettings:
     def __post_init__(self) -> None:
         for name in ("search_mm", "coarse_mm", "fine_mm", "sdlogj"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise NnsslError(f"--solver.{name} {value:g}", "give a number above 0, or leave it out")
-        for name in ("regularisation", "iterations"):
-            if not getattr(self, name) >= 0:
+        for name in ("regularisation", "iterations", "learning_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise NnsslError(f"--solver.{name} {getattr(self, name):g}", "give 0 or more")
+        if self.sdlogj is not None and not self.iterations:
+            raise NnsslError(
+                f"--solver.iterations 0 with --solver.sdlogj {self.sdlogj:g}",
+                "the coarse search alone is as smooth as it is: leave one of them out",
+            )
         if self.sdlogj is not None and not self.regularisation:
             raise NnsslError(
                 f"--solver.regularisation 0 with --solver.sdlogj {self.sdlogj:g}",
@@ -176,12 +180,11 @@ def register_features(
     fixed, moving = fixed.float(), moving.float()
     shape: Size = (fixed.shape[1], fixed.shape[2], fixed.shape[3])
     scale = _unit_scale(fixed, moving, fixed_mask, moving_mask) if settings.rescale else 1.0
-    mirrored = () if settings.compatible else _heavy_ends(fixed, fixed_mask)
 
     def pooled(pooling: Size) -> list[Pooled]:
         sides = []
         for maps, mask in ((fixed, fixed_mask), (moving, moving_mask)):
-            cells, weight = pool(maps, pooling, mask, mirrored=mirrored, compatible=settings.compatible)
+            cells, weight = pool(maps, pooling, mask, compatible=settings.compatible)
             sides.append((cells * scale, weight))  # scaling voxels would be another copy of maps that may be large
         return sides
 
@@ -189,8 +192,8 @@ def register_features(
     coarse = _coarse(pooled, shape, spacing, settings)
     seconds = {"coarse": time.perf_counter() - started}
     if not settings.iterations:
-        voxels = mirror_field(logarithm(coarse) if settings.diffeomorphic else coarse, mirrored)
-        return dataclasses.replace(_field(voxels, spacing, settings.diffeomorphic), seconds=seconds)
+        found = _field(logarithm(coarse) if settings.diffeomorphic else coarse, spacing, settings.diffeomorphic)
+        return dataclasses.replace(found, seconds=seconds)
     started = time.perf_counter()
     pooling = voxels_per_cell(shape, spacing, settings.fine_mm or 2 * geometric_mean(spacing))
     (fixed_cells, fixed_weight), (moving_cells, moving_weight) = pooled(pooling)
@@ -211,7 +214,7 @@ def register_features(
             compatible=settings.compatible,
         )
         voxels = cells_to_voxels(cells, pooling, shape, compatible=settings.compatible)
-        return _field(mirror_field(voxels, mirrored), spacing, settings.diffeomorphic, regularisation)
+        return _field(voxels, spacing, settings.diffeomorphic, regularisation)
 
     chosen = settings.regularisation
     if settings.sdlogj is not None:
@@ -258,24 +261,6 @@ def _coarse(
         opposite = search_in(moving_cells, fixed_cells, moving_weight, fixed_weight)
         cells, _ = consistent(cells, opposite, compatible=settings.compatible)
     return cells_to_voxels(cells, pooling, shape, compatible=settings.compatible)
-
-
-def _heavy_ends(features: Float[Tensor, "C Z Y X"], mask: Mask | None) -> tuple[int, ...]:
-    """The axes (0 is z) along which the squared features (in the mask) weigh more towards the far end.
-
-    The solver treats the ends of an axis differently: what the pooling leaves over is at the far one, and the derivative at
-    a voxel's centre is towards it. It turns these axes round, so which end a file begins with makes no difference.
-    """
-    weight = torch.zeros_like(features[0])
-    for channel in features:
-        weight.addcmul_(channel, channel)
-    if mask is not None:
-        weight *= mask
-    moments = []
-    for axis, length in enumerate(weight.shape):
-        profile = weight.sum([other for other in range(3) if other != axis])
-        moments.append((profile * (torch.arange(length, device=weight.device) - (length - 1) / 2)).sum())
-    return tuple(axis for axis, moment in enumerate(torch.stack(moments).tolist()) if moment > 0)
 
 
 MIND_DIFFERENCE = 2.5
