@@ -19,7 +19,7 @@ from torch import Tensor
 from nnssl_ext.registration.images import Grid, Scan
 from nnssl_ext.registration.solver import Field
 
-DIRECTION_DIGITS, SPACING_DIGITS, ORIGIN_VOXELS = 6, 7, 1e-4
+DIRECTION_DIGITS, LENGTH_DIGITS, ORIGIN_VOXELS = 6, 7, 1e-4
 """To which headers are rounded in the frame: decimals of direction cosines, significant digits of spacings, and multiples of the
 smallest spacing for origins. Turning a header leaves 1e-16 of its numbers in float64 files; NIfTI's float32 ones 1e-7, and 3e-5 mm
 some hundred mm away."""
@@ -128,15 +128,15 @@ def _flipped(maps: Tensor, axes: list[int]) -> Tensor:
 
 
 def frame_of(fixed: Scan) -> Frame:
-    """The frame of a fixed scan: its axes by length, then by spacing, then by how far its intensities lie off the middle; each
-    begins at the end where they are lower."""
-    voxels = fixed.voxels
-    size, spacing = fixed.grid.size, _rounded(fixed.grid.spacing)
+    """The frame of a fixed scan: its axes by length in mm, then by how far its intensities lie off the middle; each begins at the
+    end where they are lower. Slices of another thickness make no difference."""
+    voxels, size = fixed.voxels, fixed.grid.size
+    lengths = _rounded(np.multiply(size, fixed.grid.spacing))
     moments = []
     for axis, length in enumerate(size):
         profile = voxels.sum(axis=tuple({0, 1, 2} - {axis}), dtype=np.float64)
-        moments.append(float(profile @ (np.arange(length) - (length - 1) / 2)))
-    first, second, third = sorted(range(3), key=lambda axis: (size[axis], spacing[axis], abs(moments[axis])))
+        moments.append(float(profile @ (np.arange(length) - (length - 1) / 2)) * lengths[axis] / length)
+    first, second, third = sorted(range(3), key=lambda axis: (lengths[axis], abs(moments[axis])))
     order = (first, second, third)
     turn = Turn(order, tuple(place for place, axis in enumerate(order) if moments[axis] < 0))
     loaded = np.reshape(fixed.grid.direction, (3, 3)).T[::-1]  # rows: world directions of z, y, x
@@ -166,8 +166,8 @@ def _reframed(image: sitk.Image, axes: Matrix, origin: Float[np.ndarray, " 3"]) 
     return made
 
 
-def _rounded(spacing: Sequence[float]) -> list[float]:
-    return [float(f"{mm:.{SPACING_DIGITS}g}") for mm in spacing]
+def _rounded(lengths: Sequence[float] | np.ndarray) -> list[float]:
+    return [float(f"{mm:.{LENGTH_DIGITS}g}") for mm in lengths]
 
 
 def _between(transform: sitk.Transform, matrix: Matrix, offset: Float[np.ndarray, " 3"]) -> sitk.Transform:
