@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -139,7 +139,7 @@ class FeatureCost:
         """How the moving features change along an axis, per cell."""
         along = list(sides)
         if self.compatible:
-            along[axis] = replace(sides[axis], share=sides[axis].slope)
+            along[axis] = _side(places[axis], self.shape[axis], zeros_outside=True, derivative=True)
             return _at(self.moving, along)
         along[axis] = _side(places[axis] + 0.5, self.shape[axis] + 1)
         return _at(self.changes[axis], along)
@@ -151,26 +151,23 @@ class Side:
 
     Attributes:
         corner: the two cells; beyond an end, the last one.
-        share: their weights in linear interpolation.
-        slope: the derivatives of these.
+        share: their weights in linear interpolation, or the derivatives of these.
         length: cells of the axis.
     """
 
     corner: Int[Tensor, "2 M"]
     share: Float[Tensor, "2 M"]
-    slope: Float[Tensor, "2 M"]
     length: int
 
 
-def _side(place: Float[Tensor, " M"], length: int, zeros_outside: bool = False) -> Side:
+def _side(place: Float[Tensor, " M"], length: int, zeros_outside: bool = False, derivative: bool = False) -> Side:
     near = place.floor()
     corner = torch.stack((near, near + 1))
-    share = torch.stack((near + 1 - place, place - near))
-    slope = torch.stack((-torch.ones_like(place), torch.ones_like(place)))
+    far = torch.ones_like(place) if derivative else place - near
+    share = torch.stack((-far if derivative else 1 - far, far))
     if zeros_outside:
-        inside = (corner >= 0) & (corner < length)
-        share, slope = share * inside, slope * inside
-    return Side(corner.clamp(0, length - 1).int(), share, slope, length)
+        share = share * ((corner >= 0) & (corner < length))
+    return Side(corner.clamp(0, length - 1).int(), share, length)
 
 
 def _at(table: Float[Tensor, "V C"], sides: Sequence[Side]) -> Float[Tensor, "M C"]:
