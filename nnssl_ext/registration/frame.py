@@ -78,7 +78,7 @@ class Frame:
 
     Attributes:
         turn: of the fixed scan's axes.
-        axes: rows are the frame's x, y, z in world directions.
+        axes: rows are the frame's x, y, z in world directions, orthonormal even where a file's are not.
         origin: the world point at its origin, the centre of the fixed scan's first voxel.
     """
 
@@ -100,11 +100,14 @@ class Frame:
         return _between(transform, self.axes, -self.axes @ self.origin)
 
     def grid_back(self, grid: Grid) -> Grid:
-        """A grid along the frame's axes in the world, its axes in the loaded order."""
+        """A grid of the frame in the world, its axes in the loaded order."""
         turned = [axis in self.turn.reversed for axis in range(3)]
         ends = [(length - 1) * mm * back for length, mm, back in zip(grid.size, grid.spacing, turned, strict=True)]
-        ox, oy, oz = (self.axes.T @ (np.array(grid.origin) + ends[::-1]) + self.origin).tolist()
-        rows = [-row if back else row for row, back in zip(self.axes[::-1], turned, strict=True)]  # of z, y, x
+        local = np.reshape(grid.direction, (3, 3))
+        ox, oy, oz = (self.axes.T @ (grid.origin + local @ ends[::-1]) + self.origin).tolist()
+        rows = [
+            -row if back else row for row, back in zip((self.axes.T @ local).T[::-1], turned, strict=True)
+        ]  # z, y, x
         direction = np.stack([rows[self.turn.order.index(axis)] for axis in (2, 1, 0)], axis=1)
         nz, ny, nx = (grid.size[self.turn.order.index(axis)] for axis in range(3))
         return Grid((nz, ny, nx), self.turn.lengths_back(grid.spacing), (ox, oy, oz), tuple(direction.ravel().tolist()))
@@ -143,7 +146,8 @@ def frame_of(fixed: Scan) -> Frame:
     rows = [-loaded[axis] if place in turn.reversed else loaded[axis] for place, axis in enumerate(order)]
     ends = {axis: size[axis] - 1 if place in turn.reversed else 0 for place, axis in enumerate(order)}
     first_voxel = fixed.image.TransformIndexToPhysicalPoint([ends[axis] for axis in (2, 1, 0)])
-    return Frame(turn, np.stack(rows[::-1]), np.array(first_voxel))
+    left, _, right = np.linalg.svd(np.stack(rows[::-1]))
+    return Frame(turn, left @ right, np.array(first_voxel))
 
 
 def _nearest(image: sitk.Image, axes: Matrix) -> sitk.Image:

@@ -106,8 +106,8 @@ class SolverSettings:
     def convexadam(cls, grid_sp: int = 6, disp_hw: int = 4, grid_sp_adam: int = 2, **changes: Any) -> SolverSettings:
         """What the package `convexAdam` 0.2.0 does, its defects included, on voxels of 1 mm; a means of comparison.
 
-        It counts zeros outside of the image, looks n / (n - 1) times as far as a displacement says, and drops what remains of
-        an axis that the pooling does not divide.
+        It counts zeros outside of the image, looks n / (n - 1) times as far as a displacement says, drops what remains of an axis
+        that the pooling does not divide, and follows the derivative of linear interpolation, which jumps at every cell.
         """
         return cls(
             search_mm=float(grid_sp * disp_hw),
