@@ -75,5 +75,8 @@ def test_help_about_a_job_shows_the_defaults_of_its_plans(nnunet_env, monkeypatc
         assert end.value.code == 0
         return " ".join(capsys.readouterr().out.split("settings of MAETrainer, ", 1)[1].replace("│", " ").split())
 
-    assert "--epochs INT (default: 1000)" in shown()
-    assert "--epochs INT (default: 40)" in shown(DATASET, CONFIGURATION, "-p", "nnsslPrimusTinyPlans")
+    told = (
+        "--epochs INT 1000 x 250 optimiser steps (nnssl's length); an epoch is the interval of logging. (default: {})"
+    )
+    assert told.format(1000) in shown()
+    assert told.format(40) in shown(DATASET, CONFIGURATION, "-p", "nnsslPrimusTinyPlans")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
@@ -64,9 +65,8 @@ class Turn:
 
     def field_back(self, displacement: Float[Tensor, "3 z y x"]) -> Float[Tensor, "3 Z Y X"]:
         """Displacements, in voxels of the frame, in those of the loaded order."""
-        sign = displacement.new_tensor([-1.0 if axis in self.reversed else 1.0 for axis in range(3)])
-        components = (displacement * sign.view(3, 1, 1, 1))[[self.order.index(axis) for axis in range(3)]]
-        return self.back(components)
+        places = [self.order.index(axis) for axis in range(3)]
+        return self.back(torch.stack([-displacement[i] if i in self.reversed else displacement[i] for i in places]))
 
 
 AS_LOADED = Turn((0, 1, 2), ())
