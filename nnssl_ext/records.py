@@ -92,8 +92,14 @@ class View:
     labels: Int[Tensor, "B Z Y X"] | None = None
     clean: Float[Tensor, "B C Z Y X"] | None = None
 
+    @property
+    def size(self) -> Size:
+        """Voxels along z, y, x."""
+        z, y, x = self.voxels.shape[2:]
+        return z, y, x
+
     def __str__(self) -> str:
-        size = "x".join(map(str, self.voxels.shape[2:]))
+        size = "x".join(map(str, self.size))
         masked = "" if self.mask is None else f", {self.mask.float().mean():.0%} masked"
         return f"view of {len(self.cases)} case(s), {size} voxels{masked}"
 

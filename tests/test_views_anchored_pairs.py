@@ -19,13 +19,13 @@ from nnssl_ext.views.anchored_pairs import AnchoredPairs, body_mask, draw_anchor
 from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.dense_recipes import LocalIntensity
 from nnssl_ext.views.policies import SpatialSettings
+from nnssl_ext.views.recipes import STILL
 
 SIZE = (12, 10, 14)
 SHAPE = (30, 26, 40)
 PLAIN = LocalIntensity(shuffle=0.0, bezier=0.0, inpaint=0.0)
 TURNED = SpatialSettings(flip=(0.5,) * 3, rot90=(0.5,) * 3, rotation=1.0, degrees=30.0, zoom=1.0, zoom_range=(0.7, 1.4))
 FLIPPED = SpatialSettings(flip=(0.5,) * 3, rot90=(0.5,) * 3, rotation=0.0, zoom=0.0)
-STILL = SpatialSettings(flip=(0.0,) * 3, rotation=0.0, zoom=0.0)
 SPATIAL = {"still": STILL, "flipped": FLIPPED, "turned": TURNED}
 EVERYWHERE = HounsfieldScale(mean=0.0, std=1.0, lower=-1e9, upper=1e9)
 

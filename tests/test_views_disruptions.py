@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from nnssl_ext.records import Case
 from nnssl_ext.views.disruptions import SeededView, add_noise, draw_hidden, lower_resolution
-from nnssl_ext.views.recipes import PLAIN_CROPS
+from nnssl_ext.views.recipes import STILL
 
 
 def test_noise_has_the_variance_asked_for_in_each_channel():
@@ -71,7 +71,7 @@ def test_every_channel_is_hidden_equally_often():
 
 
 def test_plain_crops_are_not_turned_and_carry_seeds_and_modality():
-    policy, rng = SeededView((8, 8, 8), PLAIN_CROPS), np.random.default_rng(0)
+    policy, rng = SeededView((8, 8, 8), STILL), np.random.default_rng(0)
     cases = [Case(str(i), Path(), 1, (20, 20, 20), (1.0, 1.0, 1.0), m) for i, m in enumerate(("T1", "T1ce", "T1"))]
     drawn = [policy.draw(case, rng, 0.5)[0] for case in cases]
     for draw in drawn:

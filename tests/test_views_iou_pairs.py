@@ -22,8 +22,8 @@ from nnssl_ext.records import Case
 from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.iou_pairs import IoUPairs, PairProblem, Partners, draw_by_rejection, draw_exact, reachable_iou
 from nnssl_ext.views.policies import SpatialSettings
+from nnssl_ext.views.recipes import STILL
 
-STILL = SpatialSettings(flip=(0.0,) * 3, rotation=0.0, zoom=0.0)
 TURNED = SpatialSettings(rot90=(0.5,) * 3, rotation=0.0, zoom=0.0)
 INTERVALS = [(0.0, 0.0), (0.0001, 0.3), (0.3, 0.6), (0.6, 1.0), (0.0, 1.0)]
 

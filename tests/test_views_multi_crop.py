@@ -21,10 +21,9 @@ from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.masks import TokenMaskSettings
 from nnssl_ext.views.multi_crop import GLOBAL_SCALE, LOCAL_SCALE, CropScale, MultiCrop
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
-from nnssl_ext.views.recipes import DINO_INTENSITY, NO_INTENSITY
+from nnssl_ext.views.recipes import DINO_INTENSITY, NO_INTENSITY, STILL
 
 CPU = torch.device("cpu")
-STILL = SpatialSettings(flip=(0.0,) * 3, rotation=0.0, zoom=0.0)
 SMALL = MultiCrop((16, 24, 20), (8, 12, 8), locals_=4, field_of_view=2.0)
 
 

@@ -11,9 +11,7 @@ from nnssl_ext.geometry.affines import bounding_box, is_integer
 from nnssl_ext.records import Case
 from nnssl_ext.views.masks import MaskSettings
 from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings, draw_intensity
-from nnssl_ext.views.recipes import DINO_INTENSITY
-
-STILL = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
+from nnssl_ext.views.recipes import DINO_INTENSITY, STILL
 
 
 def case(shape=(40, 50, 60), spacing=(1.0, 1.0, 1.0)) -> Case:

@@ -247,8 +247,7 @@ def _draw(plans: dict[str, Any], cases: list[Case], method: str, png: Path) -> P
     (batch,) = make_loader(cases, policy, seed=0, start_step=0, steps=1, batch_size=count)
     volumes, masks = {}, {}
     for number, view in enumerate(cut_views(batch, torch.device("cpu"))):
-        z, y, x = view.voxels.shape[2:]
-        shown = None if view.mask is None else upsample_mask(view.mask, (z, y, x))[:, 0].int().numpy()
+        shown = None if view.mask is None else upsample_mask(view.mask, view.size)[:, 0].int().numpy()
         for sample, case in enumerate(view.cases):
             name = f"{case}, view {number + 1}"
             volumes[name] = view.voxels[sample].numpy()

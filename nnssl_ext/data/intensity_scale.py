@@ -25,7 +25,8 @@ class ScaleSettings:
     normalised images; other scans by the case's own intensities.
 
     Attributes:
-        window_hu: black and white of a CT. vox2vec: -1350 and 1000.
+        window_hu: black and white of a CT. vox2vec: -1350 and 1000, of which the augmentations' strengths in HU are shares; with
+            another window they grow or shrink with it.
         body_hu: a CT's body is brighter. vox2vec: -500.
         percentiles: black and white of other scans; 1 and 99.99 in arXiv:2401.06473.
         body_share: body is what is brighter than this share of the way from black to white. None: than air, as planning finds

@@ -25,7 +25,7 @@ def coordinates(affine: Float[Tensor, "B 4 4"], size: Size) -> Float[Tensor, "B 
 
 def case_coordinates(view: View) -> Float[Tensor, "B Z Y X 3"]:
     """The case voxel (not necessarily whole) under every voxel of the view."""
-    return coordinates(view.affine, _size(view))
+    return coordinates(view.affine, view.size)
 
 
 def inside_case(view: View) -> Bool[Tensor, "B 1 Z Y X"]:
@@ -42,13 +42,13 @@ def matched_coordinates(view: View, other: View) -> Float[Tensor, "B Z Y X 3"]:
     if view.cases != other.cases:
         raise ValueError(f"views of different cases have no common voxels: {view.cases} and {other.cases}")
     between, _ = torch.linalg.solve_ex(other.affine.double(), view.affine.double())  # does not wait for the device
-    return coordinates(between.to(view.affine.dtype), _size(view))
+    return coordinates(between.to(view.affine.dtype), view.size)
 
 
 def matched_voxels(view: View, other: View) -> tuple[Float[Tensor, "B Z Y X 3"], Bool[Tensor, "B Z Y X"]]:
     """`matched_coordinates`, and True where that place lies in `other` and the point in the case."""
     places = matched_coordinates(view, other)
-    size = torch.tensor(other.voxels.shape[2:]).to(view.affine.device, non_blocking=True)
+    size = torch.tensor(other.size).to(view.affine.device, non_blocking=True)
     return places, _within(places, size.expand(len(view.cases), 3)) & inside_case(view)[:, 0]
 
 
@@ -74,9 +74,9 @@ def matched_cells(view: View, other: View, stride: Size) -> tuple[Float[Tensor, 
     cell = cell.to(view.affine.device, non_blocking=True)
     in_case = view.affine.double() @ cell
     between, _ = torch.linalg.solve_ex(other.affine.double() @ cell, in_case)  # does not wait for the device
-    z, y, x = (length // step for length, step in zip(_size(view), stride, strict=True))
+    z, y, x = (length // step for length, step in zip(view.size, stride, strict=True))
     places = coordinates(between.to(view.affine.dtype), (z, y, x))
-    cells = [length // step for length, step in zip(_size(other), stride, strict=True)]
+    cells = [length // step for length, step in zip(other.size, stride, strict=True)]
     shape = torch.tensor(cells).to(view.affine.device, non_blocking=True).expand(len(view.cases), 3)
     centres = coordinates(in_case.to(view.affine.dtype), (z, y, x))
     return places, _within(places, shape) & _within(centres, view.case_shape)
@@ -85,8 +85,3 @@ def matched_cells(view: View, other: View, stride: Size) -> tuple[Float[Tensor, 
 def _within(points: Float[Tensor, "B Z Y X 3"], shape: Int[Tensor, "B 3"]) -> Bool[Tensor, "B Z Y X"]:
     last = shape[:, None, None, None] - 1
     return ((points >= -TOLERANCE) & (points <= last + TOLERANCE)).all(-1)
-
-
-def _size(view: View) -> Size:
-    z, y, x = view.voxels.shape[2:]
-    return z, y, x

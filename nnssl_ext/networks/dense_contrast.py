@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnssl_ext.contracts import Backbone, OptimRule, Progress, TokenBackbone
+from nnssl_ext.contracts import Backbone, TokenBackbone
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.voxel_pairs import VoxelPairs, sample_pairs
+from nnssl_ext.networks.plain_method import PlainMethod
 from nnssl_ext.networks.pyramid import Balance, Projector, Vectors, level_shares, look_up_all, pyramid, pyramid_channels
 from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.nt_xent import nt_xent
@@ -67,7 +68,7 @@ class Contrast:
     watch: dict[str, Tensor]
 
 
-class DenseContrast(nn.Module):
+class DenseContrast(PlainMethod):
     """Backbone, projections and projector, for the views of `nnssl_ext.views.anchored_pairs.AnchoredPairs`.
 
     Args:
@@ -83,8 +84,7 @@ class DenseContrast(nn.Module):
     def __init__(
         self, backbone: Backbone, settings: ContrastSettings, width: int | None = None, train_balance: bool = True
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone, backbone.encoder_prefixes + (backbone.decoder_prefixes if settings.decoder else ()))
         self.contrast_settings = settings
         every = pyramid_channels(backbone, settings.decoder)
         channels = every[: settings.levels]
@@ -96,10 +96,6 @@ class DenseContrast(nn.Module):
             )
         self.balance = None if width is None else Balance(channels, width, train_balance)
         self.projector = Projector(sum(channels) if width is None else width * len(channels), settings.out_dim)
-        self.pretrained_prefixes = backbone.encoder_prefixes + (backbone.decoder_prefixes if settings.decoder else ())
-        if isinstance(backbone, TokenBackbone):
-            backbone.mask_token.requires_grad_(False)  # nothing is masked
-        self.optim_rules: tuple[OptimRule, ...] = ()
         tokens = isinstance(backbone, TokenBackbone) and settings.decoder  # whose decoder ends at single voxels
         self.cell: Size = (1, 1, 1) if tokens else backbone.strides[0]
 
@@ -146,13 +142,3 @@ class DenseContrast(nn.Module):
         ]
         first, second = found if self.balance is None else map(self.balance, found)
         return first, second
-
-    def before_step(self, progress: Progress) -> None:
-        """Nothing follows a schedule beside the learning rate."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Nothing moves beside the parameters."""
-
-    def export_backbone(self) -> Backbone:
-        """The trained backbone itself."""
-        return self.backbone

@@ -89,7 +89,7 @@ class Passes:
 
 
 class StudentTeacher(nn.Module):
-    """Base of the self-distillation methods. Its children are clipped one by one: backbone, head, patch head.
+    """Base of the self-distillation methods.
 
     Args:
         backbone: the student's.

@@ -54,17 +54,12 @@ def feature_pictures(
 ) -> dict[str, Shaped[Tensor, "_B _C _Z _Y _X"]]:
     """Views, each followed by one of its feature maps as colours that mean the same in all views."""
     maps = [backbone.forward_features(view.voxels).levels[level] for view in views]
-    colours = pca_rgb(maps, [_size(view) for view in views])
+    colours = pca_rgb(maps, [view.size for view in views])
     named = [
         ((f"crop {number}", view.voxels), (f"features {number}", colour))
         for number, (view, colour) in enumerate(zip(views, colours, strict=True), start=1)
     ]
     return dict(item for pair in named for item in pair)
-
-
-def _size(view: View) -> Size:
-    z, y, x = view.voxels.shape[2:]
-    return z, y, x
 
 
 def _components(centred: Float[Tensor, "N C"]) -> Float[Tensor, "C 3"]:

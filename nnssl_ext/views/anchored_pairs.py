@@ -21,13 +21,11 @@ from nnssl_ext.geometry.affines import Affine, view_to_case
 from nnssl_ext.geometry.matching import inside_case
 from nnssl_ext.records import Case, Size, View
 from nnssl_ext.views.policies import SpatialSettings, draw_pose
+from nnssl_ext.views.recipes import STILL
 
 TRIES, AT_ONCE = 32, 4
 """Voxels tried before an anchor outside the body is taken, which is recorded, and how many are read at a time: of a case of which
 a tenth is body, one in 30 anchors lies outside (our choice)."""
-
-STILL = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
-"""No flip, rotation or zoom: as in vox2vec and arXiv:2401.06473."""
 
 
 @runtime_checkable
@@ -53,7 +51,7 @@ class AnchoredPairs:
         recipe: intensity augmentations of each crop.
         scale, hounsfield: what is body, see `nnssl_ext.data.intensity_scale.intensity_scale`.
         pairs: per case, each around an anchor of its own. vox2vec: 10.
-        spatial: drawn for each crop by itself.
+        spatial: drawn for each crop by itself; vox2vec and arXiv:2401.06473 neither flip, rotate nor zoom.
     """
 
     size: Size

@@ -11,7 +11,7 @@ from nnssl_ext.records import Size
 from nnssl_ext.views.masks import TokenMaskSettings
 from nnssl_ext.views.multi_crop import GLOBAL_SCALE, LOCAL_SCALE, CropScale, MultiCrop
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
-from nnssl_ext.views.recipes import DINO_INTENSITY, DINO_MILD_INTENSITY, DINO_SPATIAL, DINO_STILL
+from nnssl_ext.views.recipes import DINO_INTENSITY, DINO_MILD_INTENSITY, DINO_SPATIAL, STILL
 
 SMALL_GLOBAL, SMALL_LOCAL = 24, 12
 """Voxels; with tokens of 4 that makes 216 and 27 tokens, 3DINO's numbers. Other tokens round them up to whole ones."""
@@ -74,7 +74,7 @@ class CropSettings:
             local_views=4,
             global_scale=CropScale(area=(0.7, 1.0), length=(0.7, 1.0)),
             local_scale=CropScale(area=(0.5, 0.9), length=(0.5, 0.9)),
-            spatial=DINO_STILL,
+            spatial=STILL,
             first_intensity=first,
             second_intensity=second,
             local_intensity=local,

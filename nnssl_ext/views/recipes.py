@@ -14,8 +14,8 @@ NO_INTENSITY = IntensitySettings(
     noise=0.0, blur=0.0, brightness=0.0, contrast=0.0, low_resolution=0.0, gamma_inverted=0.0, gamma=0.0
 )
 
-PLAIN_CROPS = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
-"""Random places only."""
+STILL = SpatialSettings(flip=(0.0, 0.0, 0.0), rotation=0.0, zoom=0.0)
+"""Random places only. For cases that all show one organ the same way round, too: its orientation is not what tells them apart."""
 
 SIMSIAM_SPATIAL = SpatialSettings(
     flip=(0.5, 0.5, 0.5), rot90=(0.5, 0.5, 0.5), rotation=0.0, zoom=0.75, zoom_range=(0.8, 1.2)
@@ -37,9 +37,6 @@ SIMSIAM_INTENSITY = replace(
 
 DINO_SPATIAL = SpatialSettings(flip=(0.3, 0.3, 0.3), rot90=(0.3, 0.3, 0.3), rotation=0.0, zoom=0.0)
 """3DINO (arXiv:2501.11755)."""
-
-DINO_STILL = replace(DINO_SPATIAL, flip=(0.0, 0.0, 0.0), rot90=(0.0, 0.0, 0.0))
-"""For cases that all show one organ the same way round: its orientation is not what tells them apart (ours)."""
 
 _DINO = replace(
     NO_INTENSITY,

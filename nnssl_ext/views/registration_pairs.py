@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ def drawn_warp(view: View) -> Float[Tensor, "B 3 Z Y X"]:
     for spacing, facts in zip(view.spacing.tolist(), view.applied, strict=True):
         control = [facts["warp_control"] * min(spacing) / mm for mm in spacing]
         seed = int(facts["warp_seed"])
-        fields.append(smooth_displacement(_size(view), control, facts["warp_strength"], seed, view.voxels.device))
+        fields.append(smooth_displacement(view.size, control, facts["warp_strength"], seed, view.voxels.device))
     return torch.stack(fields)
 
 
@@ -73,7 +72,7 @@ def known_displacement(
     places = matched_coordinates(fixed, moving).movedim(-1, 1) + torch.einsum("bij,bjzyx->bizyx", between, warp)
     here = _voxels(fixed)
     in_case = places + moving.affine[:, :3, 3].view(-1, 3, 1, 1, 1)  # the moving view is a plain crop
-    inside = _within(places, _size(moving)) & _within(here + warp, _size(fixed))
+    inside = _within(places, moving.size) & _within(here + warp, fixed.size)
     return places - here, inside & _within(in_case, moving.case_shape)
 
 
@@ -85,14 +84,10 @@ def to_the_middle_of(view: View, one: int, other: int) -> Float[Tensor, 3]:
 
 
 def _voxels(view: View) -> Float[Tensor, "1 3 Z Y X"]:
-    axes = [torch.arange(length, device=view.voxels.device, dtype=torch.float32) for length in _size(view)]
+    axes = [torch.arange(length, device=view.voxels.device, dtype=torch.float32) for length in view.size]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
 
 
 def _within(places: Float[Tensor, "B 3 Z Y X"], shape: Size | Tensor) -> Bool[Tensor, "B Z Y X"]:
     last = torch.as_tensor(shape).to(places.device, non_blocking=True).expand(len(places), 3).view(-1, 3, 1, 1, 1) - 1
     return ((places >= -0.5) & (places <= last + 0.5)).all(dim=1)
-
-
-def _size(view: View) -> Size:
-    return cast(Size, tuple(view.voxels.shape[2:]))

@@ -20,16 +20,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
+from nnssl_ext.contracts import Backbone, PretrainPlan
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.plain_method import PlainMethod
 from nnssl_ext.networks.stem_mask import StemMask
 from nnssl_ext.objectives.processes import gather_over_processes
 from nnssl_ext.objectives.supervised_contrast import supervised_contrast
 from nnssl_ext.records import Features, Step, View
 from nnssl_ext.views.disruptions import SeededView, add_noise, draw_hidden, lower_resolution
 from nnssl_ext.views.policies import SpatialSettings
-from nnssl_ext.views.recipes import PLAIN_CROPS
+from nnssl_ext.views.recipes import STILL
 
 CT_WINDOW = 2000.0
 """HU that the paper scales to [0, 1]: from -1000 to 1000."""
@@ -61,7 +62,7 @@ class DisruptiveAESettings:
     hidden_channels: float = 0.6
     contrast: float = 0.0
     temperature: float = 0.5
-    spatial: SpatialSettings = PLAIN_CROPS
+    spatial: SpatialSettings = STILL
     optim: OptimSettings = field(
         default_factory=lambda: OptimSettings(
             lr=1e-4, final_lr=1e-5, schedule="cosine", warmup=0.004, weight_decay=0.05, betas=(0.9, 0.999), clip=1.0
@@ -91,7 +92,7 @@ class DisruptiveAESettings:
         return cls()
 
 
-class DisruptiveAETrainer(nn.Module):
+class DisruptiveAETrainer(PlainMethod):
     """The method; see the module's head. It trains encoder and decoder.
 
     Args:
@@ -107,14 +108,9 @@ class DisruptiveAETrainer(nn.Module):
     )
 
     def __init__(self, settings: DisruptiveAESettings, backbone: Backbone, plan: PretrainPlan) -> None:
-        super().__init__()
+        super().__init__(backbone, (*backbone.encoder_prefixes, *backbone.decoder_prefixes))
         self.settings = settings
-        self.backbone = backbone
         self.view_policy = SeededView(plan.global_crop, settings.spatial)
-        self.optim_rules: tuple[OptimRule, ...] = ()
-        self.pretrained_prefixes = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
-        if isinstance(backbone, TokenBackbone):
-            backbone.mask_token.requires_grad_(False)  # channels are hidden, not tokens
         units = [1.0 if scale is None else CT_WINDOW / scale.std for scale in plan.hounsfield]
         self.noise_std = torch.tensor(units) * math.sqrt(settings.noise_variance)
         self.stem = StemMask(backbone.network)
@@ -137,16 +133,6 @@ class DisruptiveAETrainer(nn.Module):
             parts = {"restoration": loss, "contrast": self.settings.contrast * contrast}
             loss = parts["restoration"] + parts["contrast"]
         return Step(loss, terms, {"features": features.summary.detach()}, parts)
-
-    def before_step(self, progress: Progress) -> None:
-        """Nothing follows a schedule beside the learning rate."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Nothing moves beside the parameters."""
-
-    def export_backbone(self) -> Backbone:
-        """The trained backbone itself; it hides nothing."""
-        return self.backbone
 
     @torch.no_grad()
     def pictures(self, views: tuple[View, ...]) -> dict[str, Float[Tensor, "B C Z Y X"]]:

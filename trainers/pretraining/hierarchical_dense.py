@@ -26,10 +26,10 @@ from nnssl_ext.objectives.reconstruction import masked_error
 from nnssl_ext.records import Step, View
 from nnssl_ext.reports.feature_pca import pca_rgb
 from nnssl_ext.trainers.pretraining.vox2vec import OPTIM, VOX2VEC, pairs_per_case, tiny_optim
-from nnssl_ext.views.anchored_pairs import STILL, AnchoredPairs
+from nnssl_ext.views.anchored_pairs import AnchoredPairs
 from nnssl_ext.views.dense_recipes import LocalIntensity, WindowIntensity
 from nnssl_ext.views.policies import SpatialSettings
-from nnssl_ext.views.recipes import UNITS
+from nnssl_ext.views.recipes import STILL, UNITS
 
 HIERARCHICAL_DENSE = (
     "Kats et al. Self-supervised Learning of Dense Hierarchical Representations for Medical Image Segmentation. ISBI 2024. "
@@ -139,11 +139,10 @@ class HierarchicalDenseTrainer(DenseContrast):
         view = views[0]
         assert view.clean is not None
         finest = self.levels(view.voxels)[1].levels[0]
-        z, y, x = view.voxels.shape[2:]
         shown = {"crop": view.clean, "corrupted": view.voxels}
         if self.restore is not None:
             shown["restored"] = self.restore(finest).float()
-        return {**shown, "features": pca_rgb([finest], [(z, y, x)])[0]}
+        return {**shown, "features": pca_rgb([finest], [view.size])[0]}
 
     def _restoration_error(self, restore: nn.Module, found: Contrast) -> Float[Tensor, ""]:
         """Mean squared error over voxels inside the case, both views of all pairs, in units of the range from black to white."""
@@ -166,6 +165,6 @@ def _grey_scale(plan: PretrainPlan) -> Float[Tensor, "3 C 1 1 1"]:
         if scale is None:
             channels.append((-math.inf, math.inf, UNITS))
         else:
-            black, white = ((hu - scale.mean) / scale.std for hu in WINDOW)
+            black, white = map(scale.normalised, WINDOW)
             channels.append((black, white, white - black))
     return torch.tensor(channels).T[..., None, None, None]

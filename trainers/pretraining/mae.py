@@ -20,10 +20,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
+from nnssl_ext.contracts import Backbone, PretrainPlan, TokenBackbone
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.matching import inside_case
+from nnssl_ext.networks.plain_method import PlainMethod
 from nnssl_ext.networks.token_decoder import TokenDecoder
 from nnssl_ext.objectives.reconstruction import masked_error, patchify, token_statistics, unpatchify, upsample_mask
 from nnssl_ext.records import Size, Step, View
@@ -81,7 +82,7 @@ class MAESettings:
         return cls(optim=sgd)
 
 
-class MAETrainer(nn.Module):
+class MAETrainer(PlainMethod):
     """The method: one view, masked; see the module's head.
 
     Args:
@@ -100,9 +101,9 @@ class MAETrainer(nn.Module):
     )
 
     def __init__(self, settings: MAESettings, backbone: Backbone, plan: PretrainPlan) -> None:
-        super().__init__()
+        both = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
+        super().__init__(backbone, both, mask_token=settings.variant == "simmim")
         self.settings = settings
-        self.backbone = backbone
         size = plan.global_crop
         block = settings.mask_block or (None if backbone.token_size else default_block(size))
         cell = backbone.token_size or common_cell(size, block or size)
@@ -113,15 +114,11 @@ class MAETrainer(nn.Module):
             settings.spatial,
             settings.intensity if settings.augment_intensity else None,
         )
-        self.optim_rules: tuple[OptimRule, ...] = ()
-        self.pretrained_prefixes = (*backbone.encoder_prefixes, *backbone.decoder_prefixes)
         self.reconstruct: nn.Module = MaskedInput(backbone, plan.channels)
-        if isinstance(backbone, TokenBackbone):
-            backbone.mask_token.requires_grad_(settings.variant == "simmim")
-            if settings.variant == "mae":
-                self.pretrained_prefixes = backbone.encoder_prefixes
-                self.reconstruct = VisibleTokens(backbone, plan.channels, settings.decoder_depth)
-        elif settings.variant == "simmim":
+        if settings.variant == "mae" and isinstance(backbone, TokenBackbone):
+            self.pretrained_prefixes = backbone.encoder_prefixes
+            self.reconstruct = VisibleTokens(backbone, plan.channels, settings.decoder_depth)
+        elif settings.variant == "simmim" and not isinstance(backbone, TokenBackbone):
             raise NnsslError("SimMIM needs tokens, which a convolutional backbone has not", "use --variant mae")
 
     def forward(self, views: tuple[View, ...]) -> Step:
@@ -135,23 +132,13 @@ class MAETrainer(nn.Module):
         zero = masked_error(torch.zeros_like(target), target, weight, power)
         return Step(loss, terms={"zero_predictor": zero.detach()}, watch={"features": features.detach()})
 
-    def before_step(self, progress: Progress) -> None:
-        """Nothing follows a schedule beside the learning rate."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Nothing moves beside the parameters."""
-
-    def export_backbone(self) -> Backbone:
-        """The trained backbone itself."""
-        return self.backbone
-
     @torch.no_grad()
     def pictures(self, views: tuple[View, ...]) -> dict[str, Float[Tensor, "B C Z Y X"]]:
         """The crop, what was seen of it, the reconstruction of the hidden rest, and the error."""
         (view,) = views
         prediction, _ = self.reconstruct(view.voxels, view.mask)
         _, mean, std = self._target(view)
-        hidden = upsample_mask(_mask(view), _size(view.voxels))
+        hidden = upsample_mask(_mask(view), view.size)
         filled = torch.where(hidden, prediction.float() * std + mean, view.voxels)
         return {
             "crop": view.voxels,
@@ -161,7 +148,7 @@ class MAETrainer(nn.Module):
         }
 
     def _weight(self, view: View) -> Float[Tensor, "B C Z Y X"]:
-        counts = upsample_mask(_mask(view), _size(view.voxels)) & inside_case(view)
+        counts = upsample_mask(_mask(view), view.size) & inside_case(view)
         return counts.expand_as(view.voxels).to(view.voxels.dtype)
 
     def _target(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +156,7 @@ class MAETrainer(nn.Module):
         voxels = view.voxels
         if not self.settings.normalise_targets:
             return voxels, torch.zeros_like(voxels[:1, :1]), torch.ones_like(voxels[:1, :1])
-        size = _size(view.voxels)
+        size = view.size
         grid = mask_grid(size, self.cell)
         tokens = patchify(voxels, self.cell)
         valid = patchify(inside_case(view).expand_as(voxels).to(voxels.dtype), self.cell)
@@ -195,10 +182,10 @@ class VisibleTokens(nn.Module):
         self, voxels: Float[Tensor, "B C Z Y X"], mask: Bool[Tensor, "B z y x"]
     ) -> tuple[Float[Tensor, "B C Z Y X"], Float[Tensor, "B E"]]:
         """The predicted volume and the mean visible token."""
-        grid = mask_grid(_size(voxels), self.backbone.token_size)
+        z, y, x = mask.shape[1:]
         visible, ids = self.backbone.forward_visible(voxels, mask)
-        prediction = self.decoder(visible, ids, grid)
-        return unpatchify(prediction, self.backbone.token_size, grid), visible.mean(dim=1)
+        prediction = self.decoder(visible, ids, (z, y, x))
+        return unpatchify(prediction, self.backbone.token_size, (z, y, x)), visible.mean(dim=1)
 
 
 class MaskedInput(nn.Module):
@@ -232,11 +219,6 @@ def default_block(crop: Size) -> Size:
 def _mask(view: View) -> Bool[Tensor, "B z y x"]:
     assert view.mask is not None, "the policy of MAE draws masks"
     return view.mask.to(view.voxels.device, non_blocking=True)
-
-
-def _size(voxels: Float[Tensor, "B C Z Y X"]) -> Size:
-    z, y, x = voxels.shape[2:]
-    return z, y, x
 
 
 def _voxels(token: Size) -> int:

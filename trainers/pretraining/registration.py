@@ -19,11 +19,12 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
-from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
+from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.plain_method import PlainMethod
 from nnssl_ext.networks.segmentation_layer import segmentation_layer, tell_labels
 from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.segmentation import segmentation_loss
@@ -113,7 +114,7 @@ class RegistrationSettings:
         return cls()
 
 
-class RegistrationTrainer(nn.Module):
+class RegistrationTrainer(PlainMethod):
     """The method; see the module's head.
 
     Different cases meet in twos, the first with the second of a batch and so on, so a batch of one teaches from single cases
@@ -132,9 +133,9 @@ class RegistrationTrainer(nn.Module):
     )
 
     def __init__(self, settings: RegistrationSettings, backbone: Backbone, plan: PretrainPlan) -> None:
-        super().__init__()
+        in_decoder = settings.level == "decoder"
+        super().__init__(backbone, backbone.encoder_prefixes + (backbone.decoder_prefixes if in_decoder else ()))
         self.settings = settings
-        self.backbone = backbone
         self.voxel_mm = plan.spacing
         self.view_policy = RegistrationPairs(
             settings.crop or plan.local_crop,
@@ -144,10 +145,7 @@ class RegistrationTrainer(nn.Module):
             settings.intensity,
             labels=bool(settings.labels),
         )
-        in_decoder = settings.level == "decoder"
-        self.pretrained_prefixes = backbone.encoder_prefixes + (backbone.decoder_prefixes if in_decoder else ())
         self.feature_level = "decoder0" if in_decoder else f"encoder{len(backbone.channels) - 1}"
-        self.optim_rules: tuple[OptimRule, ...] = ()
         self.tells_labels = bool(settings.labels and settings.segmentation and in_decoder)
         if self.tells_labels:
             tell_labels(backbone.network, 1 + len(settings.labels))
@@ -156,8 +154,6 @@ class RegistrationTrainer(nn.Module):
             self.feature_level = LABELS
             # At the backbone's rate its loss fell to 1.04 in 200 steps, at ten times the rate to 0.48 in 50 (hippocampus).
             self.optim_rules = (OptimRule(f"backbone.network.{prefix}", lr_scale=10.0),)
-        if isinstance(backbone, TokenBackbone):
-            backbone.mask_token.requires_grad_(False)  # nothing is masked
 
     def forward(self, views: tuple[View, ...]) -> Step:
         """Losses of all pairs of the batch."""
@@ -174,16 +170,6 @@ class RegistrationTrainer(nn.Module):
             told = self._segmentation(crops)
         return self._step(same, different, told, features)
 
-    def before_step(self, progress: Progress) -> None:
-        """Nothing follows a schedule beside the learning rate."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Nothing moves beside the parameters."""
-
-    def export_backbone(self) -> Backbone:
-        """The trained backbone itself."""
-        return self.backbone
-
     @torch.no_grad()
     def pictures(self, views: tuple[View, ...]) -> dict[str, Shaped[Tensor, "B _C Z Y X"]]:
         """The first case's deformed view and the view that it should be found in, their features as colours, and the moving view
@@ -192,13 +178,12 @@ class RegistrationTrainer(nn.Module):
         _, image = _deform(fixed)
         maps, stride = self._level(self.backbone.forward_features(torch.cat((image, moving.voxels))))
         first, second = maps.float().chunk(2)
-        z, y, x = image.shape[2:]
-        colours = pca_rgb([first, second], [(z, y, x)] * 2)
+        colours = pca_rgb([first, second], [fixed.size, moving.size])
         everywhere = torch.ones(first.shape[2:], dtype=torch.bool, device=first.device)
         there, _ = find_correspondence(
             [(first[0], second[0])], [1.0], (everywhere, everywhere), self._cell_mm(stride), self._solver
         )
-        back = warp(moving.voxels[:1], cells_to_voxels(there, stride, (z, y, x))[None])
+        back = warp(moving.voxels[:1], cells_to_voxels(there, stride, fixed.size)[None])
         return {
             "fixed": image,
             "features of fixed": colours[0],

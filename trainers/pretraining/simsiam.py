@@ -19,14 +19,15 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan, Progress, TokenBackbone
+from nnssl_ext.contracts import Backbone, OptimRule, PretrainPlan
 from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.geometry.matching import matched_cells
+from nnssl_ext.networks.plain_method import PlainMethod
 from nnssl_ext.networks.simsiam_heads import predictor, projector
 from nnssl_ext.networks.watched import watched_places
 from nnssl_ext.objectives.simsiam import dense_simsiam_loss, simsiam_loss
-from nnssl_ext.records import Features, Size, Step, View
+from nnssl_ext.records import Features, Step, View
 from nnssl_ext.reports.feature_pca import pca_rgb
 from nnssl_ext.views.iou_pairs import IoUPairs
 from nnssl_ext.views.policies import IntensitySettings, SpatialSettings
@@ -110,7 +111,7 @@ class SimSiamSettings:
         return replace(self, optim=replace(self.optim, lr_batch=max(1, PAIRS_PER_STEP // self.pairs)))
 
 
-class SimSiamTrainer(nn.Module):
+class SimSiamTrainer(PlainMethod):
     """The method; see the module's head. It trains the encoder.
 
     Batch norm takes its statistics over the crops of one micro-batch and all processes, for each side of the pairs; so
@@ -129,9 +130,8 @@ class SimSiamTrainer(nn.Module):
     )
 
     def __init__(self, settings: SimSiamSettings, backbone: Backbone, plan: PretrainPlan) -> None:
-        super().__init__()
+        super().__init__(backbone, backbone.encoder_prefixes)
         self.settings = settings
-        self.backbone = backbone
         self.view_policy = IoUPairs(
             settings.crop or plan.local_crop,
             iou=settings.iou,
@@ -140,13 +140,9 @@ class SimSiamTrainer(nn.Module):
             spatial=settings.spatial,
             intensity=settings.intensity,
         )
-        self.pretrained_prefixes = backbone.encoder_prefixes
-        if isinstance(backbone, TokenBackbone):
-            backbone.mask_token.requires_grad_(False)  # nothing is masked
         self.heads = Heads(backbone.channels[-1], settings)
         self.dense_heads = Heads(backbone.channels[-1], settings) if settings.dense else None
         names = ("heads.", "dense_heads.") if settings.dense else ("heads.",)
-        self.optim_rules: tuple[OptimRule, ...] = ()
         if settings.predictor:
             self.optim_rules = tuple(OptimRule(f"{name}predictor.", constant=True) for name in names)
 
@@ -168,22 +164,12 @@ class SimSiamTrainer(nn.Module):
             terms[name] = torch.full((), sum(drawn) / len(drawn), device=loss.device)
         return Step(loss, terms, self._watch(features, torch.cat((z1, z2)), torch.cat((p1, p2))), parts)
 
-    def before_step(self, progress: Progress) -> None:
-        """Nothing follows a schedule beside the learning rate."""
-
-    def after_step(self, progress: Progress) -> None:
-        """Nothing moves beside the parameters."""
-
-    def export_backbone(self) -> Backbone:
-        """The trained backbone itself."""
-        return self.backbone
-
     @torch.no_grad()
     def pictures(self, views: tuple[View, ...]) -> dict[str, Shaped[Tensor, "B _C Z Y X"]]:
         """The first pair, and its coarsest features as colours that mean the same in both."""
         pair = views[:2]
         maps = [self.backbone.forward_features(view.voxels).levels[-1] for view in pair]
-        colours = pca_rgb(maps, [_size(view) for view in pair])
+        colours = pca_rgb(maps, [view.size for view in pair])
         first, second = (view.voxels for view in pair)
         return {"first": first, "features of first": colours[0], "second": second, "features of second": colours[1]}
 
@@ -237,8 +223,3 @@ class Heads(nn.Module):
             rows.unflatten(0, places.shape[:-1]).movedim(-1, 1) for rows in self(places.reshape(-1, places.shape[-1]))
         )
         return z, p
-
-
-def _size(view: View) -> Size:
-    z, y, x = view.voxels.shape[2:]
-    return z, y, x

@@ -23,9 +23,10 @@ from nnssl_ext.engine.settings import OptimSettings
 from nnssl_ext.networks.dense_contrast import ContrastSettings, DenseContrast
 from nnssl_ext.records import Step, View
 from nnssl_ext.reports.feature_pca import pca_rgb
-from nnssl_ext.views.anchored_pairs import STILL, AnchoredPairs
+from nnssl_ext.views.anchored_pairs import AnchoredPairs
 from nnssl_ext.views.dense_recipes import WindowIntensity
 from nnssl_ext.views.policies import SpatialSettings
+from nnssl_ext.views.recipes import STILL
 
 VOX2VEC = (
     "Goncharov et al. vox2vec: A Framework for Self-supervised Contrastive Learning of Voxel-level Representations in Medical "
@@ -114,6 +115,5 @@ class Vox2VecTrainer(DenseContrast):
         """The first pair, and its finest level as colours that mean the same in both."""
         first, second = (view.voxels for view in views[:2])
         maps = self.levels(torch.cat((first, second)))[1].levels[0].chunk(2)
-        z, y, x = first.shape[2:]
-        colours = pca_rgb(maps, [(z, y, x)] * 2)
+        colours = pca_rgb(maps, [view.size for view in views[:2]])
         return {"first": first, "features of first": colours[0], "second": second, "features of second": colours[1]}
