@@ -1,1 +1,1 @@
-"""Experiment planners, label-free fingerprint and preprocessing for stock nnU-Net commands."""
+"""Experiment planners for stock nnU-Net commands, label-free fingerprint, normalisation, memory model."""

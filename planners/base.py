@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -214,28 +214,34 @@ class PretrainingPlanner(ExperimentPlanner):
             "architecture": architecture,
         }
 
+    def step_gb(self, architecture: dict[str, Any], patch: Size, divisor: Size) -> Callable[[int], float]:
+        """What a step of pretraining takes in GB, by cases per step."""
+        channels, classes = len(self.channel_names), len(self.dataset_json["labels"])
+        whole, part = (
+            network_cost(architecture, size, channels, classes) for size in (patch, local_crop(patch, divisor))
+        )
+        return lambda batch: memory_gb(whole, batch, local=part, views=self.views)
+
+    def fitting_batch(self, gb: Callable[[int], float]) -> int:
+        """The largest number of cases per step that fits the target memory."""
+        return largest_batch(lambda batch: gb(batch) <= float(self.UNet_vram_target_GB), MOST_CASES)
+
     def nnssl_block(
         self, configuration: dict[str, Any], divisor: Size, token: Size | None, reasons: dict[str, str]
     ) -> dict[str, Any]:
         """The block that pretraining reads (`nnssl_ext.plans`), from a configuration that is complete otherwise."""
-        patch = [int(edge) for edge in configuration["patch_size"]]
-        whole, part = (
-            network_cost(configuration["architecture"], size, len(self.channel_names), len(self.dataset_json["labels"]))
-            for size in (patch, local_crop(patch, divisor))
-        )
-
-        def estimate(batch: int) -> float:
-            return memory_gb(whole, batch, local=part, views=self.views)
-
+        z, y, x = (int(edge) for edge in configuration["patch_size"])
+        patch = (z, y, x)
+        estimate = self.step_gb(configuration["architecture"], patch, divisor)
         target = float(self.UNet_vram_target_GB)
-        batch = self.overrides.batch_size or largest_batch(lambda size: estimate(size) <= target, MOST_CASES)
+        batch = self.overrides.batch_size or self.fitting_batch(estimate)
         views = f"{self.views.global_views} global and {self.views.local_views} local views per case"
         return {
             "schema": 1,
             "backbone": self.backbone,
             "preset": self.preset,
             "token_size": list(token) if token else None,
-            "global_crop": patch,
+            "global_crop": list(patch),
             "local_crop": list(local_crop(patch, divisor)),
             "batch_size": batch,
             "memory_gb": {"target": target, "estimate": round(estimate(batch), 2)},

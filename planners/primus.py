@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,9 +12,8 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.presets import PRIMUS_PRESETS
-from nnssl_ext.planners.base import MOST_CASES, PretrainingPlanner
-from nnssl_ext.planners.memory import largest_batch, memory_gb, network_cost
-from nnssl_ext.planners.sizes import initial_patch, local_crop, shrink, token_size, token_strides
+from nnssl_ext.planners.base import PretrainingPlanner
+from nnssl_ext.planners.sizes import initial_patch, shrink, token_size, token_strides
 from nnssl_ext.records import Size
 
 MOST_TOKENS = 8000
@@ -44,18 +44,14 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
         if self.overrides.token_size:
             token, token_reason = _checked_token(self.overrides.token_size), "asked for"
         target = float(self.UNet_vram_target_GB)
-        channels, classes = len(self.channel_names), len(self.dataset_json["labels"])
 
-        def estimate(size: Size, batch: int) -> float:
-            architecture = self.architecture(token, size)
-            sizes = size, local_crop(size, token)
-            whole, part = (network_cost(architecture, edges, channels, classes) for edges in sizes)
-            return memory_gb(whole, batch, local=part, views=self.views)
+        def step_gb(size: Size) -> Callable[[int], float]:
+            return self.step_gb(self.architecture(token, size), size, token)
 
         def fits(size: Size) -> bool:
             small = self.most_voxels is None or math.prod(size) <= self.most_voxels
             few = math.prod(size) // math.prod(token) <= MOST_TOKENS
-            return small and few and estimate(size, self.UNet_min_batch_size) <= target
+            return small and few and step_gb(size)(self.UNet_min_batch_size) <= target
 
         patch = self.overrides.patch_size or shrink(initial_patch(millimetres, median, token), median, token, fits)
         if any(edge % t for edge, t in zip(patch, token, strict=True)):
@@ -63,7 +59,7 @@ class PrimusPlanner(PretrainingPlanner, ExperimentPlanner):
                 f"patch {list(patch)} is no multiple of the token {list(token)}",
                 "choose another --patch_size or --token_size",
             )
-        batch = largest_batch(lambda size: estimate(patch, size) <= target, MOST_CASES)
+        batch = self.fitting_batch(step_gb(patch))
         configuration = self.own_configuration(
             millimetres, median, data_identifier, self.architecture(token, patch), patch
         )

@@ -10,9 +10,8 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.presets import SWIN_PRESETS
-from nnssl_ext.planners.base import MOST_CASES, PretrainingPlanner
-from nnssl_ext.planners.memory import largest_batch, memory_gb, network_cost
-from nnssl_ext.planners.sizes import initial_patch, local_crop, shrink
+from nnssl_ext.planners.base import PretrainingPlanner
+from nnssl_ext.planners.sizes import initial_patch, shrink
 from nnssl_ext.records import Size
 
 DIVISOR: Size = (32, 32, 32)
@@ -47,19 +46,14 @@ class nnsslPlannerSwinUNETR(PretrainingPlanner, ExperimentPlanner):
         architecture = self.architecture()
         target = float(self.UNet_vram_target_GB)
 
-        def fits(patch: Size, batch: int) -> bool:
-            channels, classes = len(self.channel_names), len(self.dataset_json["labels"])
-            sizes = patch, local_crop(patch, DIVISOR)
-            whole, part = (network_cost(architecture, size, channels, classes) for size in sizes)
-            return memory_gb(whole, batch, local=part, views=self.views) <= target
+        def fits(patch: Size) -> bool:
+            return self.step_gb(architecture, patch, DIVISOR)(self.UNet_min_batch_size) <= target
 
         start = _at_least_two_places(initial_patch(millimetres, median, DIVISOR), median)
-        patch = self.overrides.patch_size or shrink(
-            start, median, DIVISOR, lambda size: fits(size, self.UNet_min_batch_size)
-        )
+        patch = self.overrides.patch_size or shrink(start, median, DIVISOR, fits)
         self._check(patch)
         configuration = self.own_configuration(millimetres, median, data_identifier, architecture, patch)
-        batch = largest_batch(lambda size: fits(patch, size), MOST_CASES)
+        batch = self.fitting_batch(self.step_gb(architecture, patch, DIVISOR))
         configuration["batch_size"] = self.supervised_batch(batch, patch, approximate_n_voxels_dataset)
         why = f"isotropic in mm, as large as the median case or {target:g} GB allow, in multiples of 32 voxels"
         reasons = {"global_crop": "asked for" if self.overrides.patch_size else why}
