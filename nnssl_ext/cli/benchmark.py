@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnssl_ext.catalogue import pretraining_methods
-from nnssl_ext.cli import _benchmark_registration, _benchmark_segmentation
+from nnssl_ext.cli import _benchmark_registration, _benchmark_segmentation, register
 from nnssl_ext.cli._device import device_name
-from nnssl_ext.cli._run import run
+from nnssl_ext.cli._run import LESS_MEMORY, run
 from nnssl_ext.cli._settings import settings_from_flags
 from nnssl_ext.errors import NnsslError
 
@@ -61,7 +61,7 @@ def parser(synthetic: bool = False) -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point of ``nnssl_benchmark``."""
-    run(_main)
+    run(_main, register.LESS_MEMORY if "registration" in sys.argv[1:2] else LESS_MEMORY)
 
 
 def _main() -> int:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from nnssl_ext.registration.features import FeatureSource
     from nnssl_ext.registration.pipeline import PairSettings
 
+LESS_MEMORY = "lower --features.memory_gib (tiles) and --solver.memory_gib, or give a coarser --spacing; on a GPU, try -device cpu"
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point of ``nnssl_register``."""
-    run(_main)
+    run(_main, LESS_MEMORY)
 
 
 def _main() -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ from nnssl_ext.registration.frame import Frame, frame_of
 from nnssl_ext.registration.images import Grid, Scan, Spacing, common_grid, finest_cubes, place, view_field
 from nnssl_ext.registration.projection import COMPONENTS
 from nnssl_ext.registration.solver import Field, SolverSettings, register_features
+from nnssl_ext.reports.machine import peak_memory
 
 FAR_SPACING = 2.0
 """A scan whose spacing differs by more than this factor from a network's shows details the network does not know, or lacks
@@ -240,10 +239,8 @@ def _measured(stage: str, device: torch.device, seconds: dict[str, float], memor
     yield
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        memory[stage] = torch.cuda.max_memory_allocated(device) / 2**30
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-        memory[stage] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    if (peak := peak_memory(device)) is not None:
+        memory[stage] = peak / 2**30
     seconds[stage] = time.perf_counter() - started
 
 

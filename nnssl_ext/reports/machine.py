@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,17 @@ def machine(device: torch.device) -> dict[str, Any]:
     if hasattr(os, "getloadavg"):
         described["load_average"] = round(os.getloadavg()[0], 1)
     return described
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The largest number of bytes so far: of the device since its count was reset on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None  # Windows keeps no such count that Python could read
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions() -> dict[str, str]:

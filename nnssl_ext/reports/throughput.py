@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from nnssl_ext.engine.step import Parts, optimizer_step
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.objectives.reconstruction import unpatchify
 from nnssl_ext.records import Case, Size
+from nnssl_ext.reports.machine import peak_memory
 from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.policies import IntensitySettings, SingleView, SpatialSettings, draw_centre
 
@@ -196,6 +196,7 @@ def _time_steps(parts: Parts, repeats: int, warm_up: int) -> dict[str, Any]:
         with watch.phase("step"):
             optimizer_step(parts, [batch], state)
     seconds = watch.summary()
+    peak = peak_memory(device)
     together = seconds["read"]["median"] + seconds["step"]["median"]
     return {
         "seconds": seconds,
@@ -204,7 +205,7 @@ def _time_steps(parts: Parts, repeats: int, warm_up: int) -> dict[str, Any]:
             for clock, m in (("wall", "median"), ("cpu", "cpu_median"))
         },
         "cases_per_s": job.run.batch_size / together,
-        "peak_memory_gb": _peak_memory_gb(device),
+        "peak_memory_gb": None if peak is None else round(peak / 1e9, 3),
     }
 
 
@@ -250,14 +251,3 @@ def _summary(times: list[float]) -> dict[str, float]:
         "max": max(times),
     }
     return {name: round(value, 5) for name, value in figures.items()}
-
-
-def _peak_memory_gb(device: torch.device) -> float | None:
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    if sys.platform == "win32":
-        return None  # Windows keeps no such count that Python could read
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e9, 3)
