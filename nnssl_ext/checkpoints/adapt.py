@@ -126,7 +126,7 @@ def adapt(
     channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dataset_json)
     classes = manager.get_label_manager(dataset_json).num_segmentation_heads
     network = build_network(adapted, configuration, channels, classes)
-    table = transfer(source, network, found["architecture"], channels, plans["plans_name"])
+    table = transfer(source, network, found["architecture"], plans["plans_name"])
     origin = {**adapted[MARK], "patch_size": source.patch_size, "input_channels": source.input_channels}
     content = assemble(
         network,

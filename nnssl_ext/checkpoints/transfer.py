@@ -86,7 +86,6 @@ def transfer(
     source: Pretrained,
     target: Any,
     architecture: Mapping[str, Any],
-    input_channels: int,
     plans_name: str,
     resize_tokens: bool = False,
 ) -> TransferTable:
@@ -98,7 +97,6 @@ def transfer(
         source: the checkpoint.
         target: network of nnU-Net's library, built from `architecture`.
         architecture: the target plans' entry.
-        input_channels: image channels of `target`.
         plans_name: for messages.
         resize_tokens: resize a patch embedding to tokens of another size, for further pretraining.
 

@@ -25,12 +25,15 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint may be of nnssl-ext (also checkpoint_latest.pth of a run that still trains), nnssl (OpenMind) or nnU-Net.",
         epilog="Every setting is a flag too, e.g. --pyramid decoder --interpolation nearest; nnssl_probe --settings lists them.",
     )
-    p.add_argument("checkpoint", type=Path, nargs="?", help="e.g. checkpoint_final.pth")
+    p.add_argument("checkpoint", type=Path, nargs="?", help="e.g. checkpoint_final.pth; also hf:OWNER/NAME")
     p.add_argument("-d", metavar="DATASET", help="preprocessed labelled data set: id or name, e.g. 4")
     p.add_argument("-p", metavar="PLANS", help="plans of the preprocessed cases (default: the checkpoint's)")
     p.add_argument("-c", metavar="CONFIG", help="configuration of them (default: the checkpoint's)")
     p.add_argument(
-        "-o", type=Path, metavar="OUT", help="folder for probe.json and probe.html (default: beside the checkpoint)"
+        "-o",
+        type=Path,
+        metavar="OUT",
+        help="folder for probe.json and probe.html (default: beside the checkpoint; for hf: here)",
     )
     p.add_argument("--train", type=int, metavar="N", help="cases that teach (default: 20, or as many as there are)")
     p.add_argument("--test", type=int, metavar="N", help="cases that are scored (default: 20, or as many as there are)")
@@ -49,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Entry point of ``nnssl_probe``."""
-    run(_main)
+    run(_main, "lower --voxels and --batch_size; on a GPU, try -device cpu")
 
 
 def _main() -> int:
@@ -83,7 +86,7 @@ def _main() -> int:
     data = open_data(source, dataset, args.p, args.c, args.train, args.test, args.seed, fold)
     out.print(str(source.pretrained), data.about, sep="\n", markup=False)
     content, answers = evaluate(source, data, settings, args.seed, torch.device(device_name(args.device)))
-    folder = args.o or args.checkpoint.parent / f"probe_{args.checkpoint.stem}_{dataset}"
+    folder = args.o or _beside(args.checkpoint) / f"probe_{Path(source.pretrained.origin).stem}_{dataset}"
     write_json(folder / JSON, content)
     first = data.test[0]
     region = read_region(first, (0, 0, 0), first.shape, labels=True)
@@ -92,6 +95,13 @@ def _main() -> int:
     _show(content)
     out.print(f"wrote {folder / PAGE} and {JSON}", markup=False)
     return 0
+
+
+def _beside(checkpoint: Path) -> Path:
+    """The folder that a checkpoint lies in, where it lies in one."""
+    from nnssl_ext.checkpoints.source import on_hub
+
+    return Path() if on_hub(checkpoint) else checkpoint.parent
 
 
 def _settings(flags: list[str]) -> ProbeSettings:

@@ -72,7 +72,7 @@ def begin(job: Job) -> Beginning:
     backbone = _backbone(job)
     plan = job.plan
     architecture = configuration_of(job.plans, plan.configuration)["architecture"]
-    table = transfer(source, backbone.network, architecture, plan.channels, plan.plans_name, resize_tokens=True)
+    table = transfer(source, backbone.network, architecture, plan.plans_name, resize_tokens=True)
     method = _around(backbone, job)
     taken = _take_segmentation_layer(source, backbone.network, method.pretrained_prefixes)
     state = source.method_state if source.method == job.method else {}

@@ -18,6 +18,7 @@ from nnssl_ext.checkpoints.nnunet_format import from_nnunet
 from nnssl_ext.checkpoints.pretrained import Pretrained, from_ours
 from nnssl_ext.checkpoints.provenance import TrainingCases, training_cases
 from nnssl_ext.checkpoints.schema import kind_of
+from nnssl_ext.checkpoints.source import name_of
 from nnssl_ext.checkpoints.transfer import transfer
 from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError
@@ -141,19 +142,19 @@ def read_source(path: Path) -> Source:
     Raises:
         NnsslError: no checkpoint, or one of another kind.
     """
-    content = load_checkpoint(path)
-    kind = kind_of(content, path.name)
+    content, name = load_checkpoint(path), name_of(path)
+    kind = kind_of(content, name)
     if kind == "nnssl_ext":
-        source = from_ours(content, path.name)
+        source = from_ours(content, name)
         plans, configuration = content["nnssl_ext"]["plans"], content["nnssl_ext"]["configuration"]
         return Source(source, plans, configuration, training_cases(path, content))
     cases = training_cases(path, content)
     if kind == "nnunet":
-        pretrained, started = from_nnunet(content, path.name), content["init_args"]
+        pretrained, started = from_nnunet(content, name), content["init_args"]
         labels = (started.get("dataset_json") or {}).get("labels", {})
         overlapping = any(isinstance(label, list | tuple) and len(label) > 1 for label in labels.values())
         return Source(pretrained, started["plans"], started["configuration"], cases, overlapping)
-    source = from_nnssl(content, path.name)
+    source = from_nnssl(content, name)
     return Source(source, _plans_of(source), "3d_fullres", cases)
 
 
@@ -182,7 +183,7 @@ def trained_encoder(source: Source, device: torch.device, channels: int = CHANNE
         source.plans, source.configuration, device, about, 0, channels, source.classes
     )
     network = encoder.backbone.network
-    table = transfer(pretrained, network, pretrained.architecture, channels, f"of {origin}")
+    table = transfer(pretrained, network, pretrained.architecture, f"of {origin}")
     untrained = frozenset(table.keys("new"))
     lacking = sorted(key for key in untrained if key.startswith(encoder.backbone.encoder_prefixes))
     if lacking:
