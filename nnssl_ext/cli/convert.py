@@ -25,11 +25,62 @@ def _main() -> None:
     arguments.run(arguments)
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "nnssl_convert",
+        description="Convert scans into a nnU-Net raw dataset below $nnUNet_raw, with their labels or, without any, with "
+        "label-free foreground masks. Bad input is named with reason and remedy; nothing half-written stays.",
+    )
+    sources = parser.add_subparsers(required=True, metavar="SOURCE")
+    for name, add_flags, work, text in (
+        ("msd", _msd_flags, _msd, "a Medical Segmentation Decathlon task"),
+        ("folder", _folder_flags, _folder, "any folder of NIfTI, NRRD, MHA files or DICOM series"),
+        ("bids", _bids_flags, _bids, "a BIDS tree"),
+        ("nnssl", _nnssl_flags, _nnssl, "nnssl's pretrain_data.json"),
+        ("export-nnssl", _export_flags, _export, "write nnssl's pretrain_data.json for a raw dataset"),
+        ("foreground", _foreground_flags, _foreground, "add foreground masks to an image-only raw dataset, in place"),
+        ("patches", _patches_flags, _patches, "cut crops that hold foreground out of a raw dataset"),
+    ):
+        sub = sources.add_parser(name, help=text, description=text)
+        add_flags(sub)
+        sub.set_defaults(run=work)
+    return parser
+
+
+def _msd_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", type=Path, help="the task folder")
+    _new_dataset(p, named=False)
+    _channels(p)
+    _work(p)
+
+
 def _msd(a: argparse.Namespace) -> None:
     from nnssl_ext.dataset_conversion.msd import plan_msd
 
     name, planned = plan_msd(a.path, tuple(a.channels) or None)
     _convert(a, a.name or name, planned)
+
+
+def _folder_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", type=Path, help="the folder, searched at any depth")
+    _new_dataset(p)
+    _channels(p)
+    p.add_argument("--labels", type=Path, metavar="DIR", help="folder with a label per case, named as the case")
+    p.add_argument(
+        "--label-suffix", default="", metavar="TEXT", help="what label names have after the case's, e.g. _seg"
+    )
+    p.add_argument("--label-names", nargs="+", default=[], metavar="NAME", help="names of the values 0, 1, 2, ...")
+    p.add_argument(
+        "--channel-suffixes",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help='endings that tell the channels of a case apart, e.g. _t1 _t2 (by default _0000 _0001 ... if all names have them; "": none)',
+    )
+    p.add_argument(
+        "--names", choices=("file", "path"), default="file", help="name cases by file, or by folders and file"
+    )
+    _work(p)
 
 
 def _folder(a: argparse.Namespace) -> None:
@@ -47,10 +98,27 @@ def _folder(a: argparse.Namespace) -> None:
     _convert(a, a.name, planned)
 
 
+def _bids_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", type=Path, help="the folder that holds sub-*")
+    _new_dataset(p)
+    _channels(p)
+    p.add_argument("--suffixes", nargs="+", default=[], metavar="SUFFIX", help="which images, e.g. T1w (all)")
+    p.add_argument("--together", action="store_true", help="the suffixes are the channels of one case per session")
+    _work(p)
+
+
 def _bids(a: argparse.Namespace) -> None:
     from nnssl_ext.dataset_conversion.bids import plan_bids
 
     _convert(a, a.name, plan_bids(a.path, suffixes=a.suffixes, together=a.together, channels=a.channels))
+
+
+def _nnssl_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("path", type=Path, help="the file or its folder")
+    _new_dataset(p, named=False)
+    _channels(p)
+    p.add_argument("--modalities", nargs="+", default=[], metavar="NAME", help="which images, e.g. T1w (all)")
+    _work(p)
 
 
 def _nnssl(a: argparse.Namespace) -> None:
@@ -58,6 +126,36 @@ def _nnssl(a: argparse.Namespace) -> None:
 
     name, planned = plan_collection(a.path, modalities=a.modalities, channels=a.channels)
     _convert(a, a.name or name, planned)
+
+
+def _patches_flags(p: argparse.ArgumentParser) -> None:
+    _existing_dataset(p)
+    p.add_argument("-o", dest="output", required=True, type=int, metavar="ID", help="id of the new dataset")
+    p.add_argument("--name", help="name of the new dataset (by default the source's + Patches)")
+    p.add_argument("--count", type=_positive, default=4, metavar="N", help="crops per case (4)")
+    size = p.add_mutually_exclusive_group(required=True)
+    size.add_argument("--size", nargs=3, type=_positive, metavar=("Z", "Y", "X"), help="of a crop, in voxels")
+    size.add_argument("--size-mm", nargs=3, type=float, metavar=("Z", "Y", "X"), help="of a crop, in mm")
+    p.add_argument(
+        "--min-foreground", type=float, default=0.7, metavar="SHARE", help="foreground share of a crop (0.7)"
+    )
+    p.add_argument(
+        "--policy",
+        choices=("strict", "best-effort", "skip"),
+        default="best-effort",
+        help="where no crop reaches the share: call the case bad, take the best crop seen, or leave the crop out",
+    )
+    p.add_argument(
+        "--around",
+        choices=("body", "lungs"),
+        default="body",
+        help="what crops must hold: the patient, or the aerated lungs of a chest CT (body)",
+    )
+    p.add_argument("--attempts", type=_positive, default=50, metavar="N", help="draws per crop (50)")
+    p.add_argument("--per-subject", type=_positive, metavar="N", help="crops per subject at most")
+    _subjects(p)
+    p.add_argument("--seed", type=int, default=0)
+    _work(p)
 
 
 def _patches(a: argparse.Namespace) -> None:
@@ -81,6 +179,12 @@ def _patches(a: argparse.Namespace) -> None:
     _convert(a, a.name or f"{source.name.partition('_')[2]}Patches", planned)
 
 
+def _foreground_flags(p: argparse.ArgumentParser) -> None:
+    _existing_dataset(p)
+    _channels(p)
+    _work(p)
+
+
 def _foreground(a: argparse.Namespace) -> None:
     from nnssl_ext.dataset_conversion.foreground import add_foreground
 
@@ -96,6 +200,13 @@ def _foreground(a: argparse.Namespace) -> None:
     _report(a, dataset, done, "foreground masks of {} cases in {}/labelsTr")
 
 
+def _export_flags(p: argparse.ArgumentParser) -> None:
+    _existing_dataset(p)
+    p.add_argument("--dry-run", action="store_true", help="write nothing")
+    p.add_argument("-o", dest="output", type=Path, metavar="FILE", help="by default pretrain_data.json in the dataset")
+    _subjects(p)
+
+
 def _export(a: argparse.Namespace) -> None:
     from nnssl_ext.dataset_conversion.nnssl_collection import LISTING, export_collection
     from nnssl_ext.files import write_json
@@ -109,6 +220,34 @@ def _export(a: argparse.Namespace) -> None:
     else:
         write_json(target, content)
         print(f"wrote {target}: {subjects} subject(s)")
+
+
+def _new_dataset(p: argparse.ArgumentParser, named: bool = True) -> None:
+    p.add_argument("-d", dest="dataset", required=True, type=int, metavar="ID", help="id of the new dataset")
+    default = "" if named else " (by default the source's)"
+    p.add_argument("--name", required=named, help=f"name of the new dataset{default}")
+
+
+def _existing_dataset(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-d", dest="dataset", required=True, metavar="ID", help="id or name of the dataset")
+
+
+def _channels(p: argparse.ArgumentParser) -> None:
+    help_ = "channel names; CT means Hounsfield units, others z-scores"
+    p.add_argument("--channels", nargs="+", default=[], metavar="NAME", help=help_)
+
+
+def _subjects(p: argparse.ArgumentParser) -> None:
+    help_ = "its match in a case's name is the subject"
+    p.add_argument("--subject-pattern", default=".+", metavar="REGEX", help=help_)
+
+
+def _work(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--dry-run", action="store_true", help="check everything, print the table, write nothing")
+    p.add_argument("--limit", type=_positive, metavar="N", help="the first N cases only")
+    p.add_argument("--skip-bad", action="store_true", help="leave bad cases out and convert the rest")
+    workers = min(4, os.cpu_count() or 1)
+    p.add_argument("-np", dest="processes", type=_positive, default=workers, metavar="N", help="worker processes")
 
 
 def _existing(number: str) -> Path:
@@ -172,126 +311,6 @@ def _table(done: Converted) -> str:
             rows.append((case.identifier, "-", "-", "-", "-", "BAD", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "nnssl_convert",
-        description="Convert scans into a nnU-Net raw dataset below $nnUNet_raw, with their labels or, without any, with "
-        "label-free foreground masks. Bad input is named with reason and remedy; nothing half-written stays.",
-    )
-    sources = parser.add_subparsers(required=True, metavar="SOURCE")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--dry-run", action="store_true", help="check everything, print the table, write nothing")
-    common.add_argument("--limit", type=_positive, metavar="N", help="the first N cases only")
-    common.add_argument("--skip-bad", action="store_true", help="leave bad cases out and convert the rest")
-    common.add_argument(
-        "-np",
-        dest="processes",
-        type=_positive,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="worker processes",
-    )
-    channels = argparse.ArgumentParser(add_help=False)
-    channels.add_argument(
-        "--channels",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="channel names; CT means Hounsfield units, others z-scores",
-    )
-
-    def source(name: str, work: object, text: str, *, path: str = "", named: bool = True, id_only: bool = False):
-        parents = [common] if name == "patches" else [common, channels]
-        sub = sources.add_parser(name, parents=parents, help=text, description=text)
-        sub.set_defaults(run=work)
-        if path:
-            sub.add_argument("path", type=Path, help=path)
-        sub.add_argument(
-            "-d",
-            dest="dataset",
-            required=True,
-            type=str if id_only else int,
-            metavar="ID",
-            help="id or name of the dataset" if id_only else "id of the new dataset",
-        )
-        if not id_only:
-            sub.add_argument(
-                "--name",
-                required=named,
-                help="name of the new dataset" + ("" if named else " (by default the source's)"),
-            )
-        return sub
-
-    source("msd", _msd, "a Medical Segmentation Decathlon task", path="the task folder", named=False)
-    sub = source(
-        "folder",
-        _folder,
-        "any folder of NIfTI, NRRD, MHA files or DICOM series",
-        path="the folder, searched at any depth",
-    )
-    sub.add_argument("--labels", type=Path, metavar="DIR", help="folder with a label per case, named as the case")
-    sub.add_argument(
-        "--label-suffix", default="", metavar="TEXT", help="what label names have after the case's, e.g. _seg"
-    )
-    sub.add_argument("--label-names", nargs="+", default=[], metavar="NAME", help="names of the values 0, 1, 2, ...")
-    sub.add_argument(
-        "--channel-suffixes",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help='endings that tell the channels of a case apart, e.g. _t1 _t2 (by default _0000 _0001 ... if all names have them; "": none)',
-    )
-    sub.add_argument(
-        "--names", choices=("file", "path"), default="file", help="name cases by file, or by folders and file"
-    )
-    sub = source("bids", _bids, "a BIDS tree", path="the folder that holds sub-*")
-    sub.add_argument("--suffixes", nargs="+", default=[], metavar="SUFFIX", help="which images, e.g. T1w (all)")
-    sub.add_argument("--together", action="store_true", help="the suffixes are the channels of one case per session")
-    sub = source("nnssl", _nnssl, "nnssl's pretrain_data.json", path="the file or its folder", named=False)
-    sub.add_argument("--modalities", nargs="+", default=[], metavar="NAME", help="which images, e.g. T1w (all)")
-    export = "write nnssl's pretrain_data.json for a raw dataset"
-    sub = sources.add_parser("export-nnssl", help=export, description=export)
-    sub.set_defaults(run=_export)
-    sub.add_argument("-d", dest="dataset", required=True, metavar="ID", help="dataset id")
-    sub.add_argument("--dry-run", action="store_true", help="write nothing")
-    sub.add_argument(
-        "-o", dest="output", type=Path, metavar="FILE", help="by default pretrain_data.json in the dataset"
-    )
-    sub.add_argument(
-        "--subject-pattern", default=".+", metavar="REGEX", help="its match in a case's name is the subject"
-    )
-    sub = source("foreground", _foreground, "add foreground masks to an image-only raw dataset, in place", id_only=True)
-    sub = source("patches", _patches, "cut crops that hold foreground out of a raw dataset", id_only=True)
-    sub.add_argument("-o", dest="output", required=True, type=int, metavar="ID", help="id of the new dataset")
-    sub.add_argument("--name", help="name of the new dataset (by default the source's + Patches)")
-    sub.add_argument("--count", type=_positive, default=4, metavar="N", help="crops per case (4)")
-    size = sub.add_mutually_exclusive_group(required=True)
-    size.add_argument("--size", nargs=3, type=_positive, metavar=("Z", "Y", "X"), help="of a crop, in voxels")
-    size.add_argument("--size-mm", nargs=3, type=float, metavar=("Z", "Y", "X"), help="of a crop, in mm")
-    sub.add_argument(
-        "--min-foreground", type=float, default=0.7, metavar="SHARE", help="foreground share of a crop (0.7)"
-    )
-    sub.add_argument(
-        "--policy",
-        choices=("strict", "best-effort", "skip"),
-        default="best-effort",
-        help="where no crop reaches the share: call the case bad, take the best crop seen, or leave the crop out",
-    )
-    sub.add_argument(
-        "--around",
-        choices=("body", "lungs"),
-        default="body",
-        help="what crops must hold: the patient, or the aerated lungs of a chest CT (body)",
-    )
-    sub.add_argument("--attempts", type=_positive, default=50, metavar="N", help="draws per crop (50)")
-    sub.add_argument("--per-subject", type=_positive, metavar="N", help="crops per subject at most")
-    sub.add_argument(
-        "--subject-pattern", default=".+", metavar="REGEX", help="its match in a case's name is the subject"
-    )
-    sub.add_argument("--seed", type=int, default=0)
-    return parser
 
 
 def _positive(text: str) -> int:
