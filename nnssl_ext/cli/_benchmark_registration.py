@@ -82,9 +82,10 @@ def main(args: argparse.Namespace, rest: list[str]) -> int:
     """Run, or go on with, a benchmark."""
     import torch
 
-    from nnssl_ext.registration.benchmark.matrix import SDLOGJ, Benchmark
+    from nnssl_ext.registration.benchmark.matrix import Benchmark
     from nnssl_ext.registration.benchmark.methods import load, parse_methods, untrained_identity, with_controls
     from nnssl_ext.registration.outputs import check_folder
+    from nnssl_ext.registration.solver import SDLOGJ
 
     check_folder(args.o)
     base = _settings(rest)

@@ -46,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--fix_nnssl_axes", action="store_true", help="undo the swapped axes of positions in nnssl's Primus MAE"
     )
-    p.add_argument("--settings", action="store_true", help="list the fine-tuning settings and exit")
+    p.add_argument(
+        "--settings",
+        action="store_true",
+        help="list the fine-tuning settings and exit; with -d and -p, with the defaults that these plans have",
+    )
     return p
 
 
@@ -59,7 +63,12 @@ def _main() -> int:
     base = parser()
     args, rest = base.parse_known_args()
     if args.settings:
-        _settings({}, "", ["--help"])
+        from nnssl_ext.plans import read_plans
+
+        known = bool(args.d and args.p)
+        if not known:
+            print("Defaults of a ResEnc of full size follow; with -d and -p, those that these plans have.")
+        _settings(read_plans(args.d, args.p) if known else {}, args.c, ["--help"])
     if args.checkpoint is None or args.d is None:
         base.error("CHECKPOINT and -d are required, e.g. nnssl_adapt checkpoint_final.pth -d 4")
     if args.p and args.patch_size:

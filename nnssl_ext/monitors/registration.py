@@ -24,11 +24,11 @@ from nnssl_ext.registration.extraction import ExtractionSettings, extract
 from nnssl_ext.registration.measures import dice
 from nnssl_ext.registration.projection import joint_pca
 from nnssl_ext.registration.smoothness import smoothness
-from nnssl_ext.registration.solver import SolverSettings, register_features
+from nnssl_ext.registration.solver import SDLOGJ, SolverSettings, register_features
 from nnssl_ext.registration.warp import warp
 
-SOLVER = SolverSettings(sdlogj=0.24, iterations=40)
-"""Smoothness is that of ConvexAdam with MIND at its defaults on hippocampus pairs; half its iterations."""
+SOLVER = SolverSettings(sdlogj=SDLOGJ, iterations=40)
+"""Half of ConvexAdam's iterations."""
 
 
 class RegistrationProbe:

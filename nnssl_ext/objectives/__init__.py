@@ -1,1 +1,1 @@
-"""Losses as plain functions over tensors."""
+"""Losses over tensors, and the targets that a teacher gives."""

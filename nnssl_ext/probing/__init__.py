@@ -1,1 +1,1 @@
-"""Evaluation of frozen features on labelled cases, without fine-tuning: voxel heads, retrieval, and their controls."""
+"""Evaluation of frozen features on labelled cases, without fine-tuning: voxel heads and their controls."""

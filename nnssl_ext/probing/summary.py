@@ -16,7 +16,7 @@ from nnssl_ext.probing.cases import ProbeData
 from nnssl_ext.probing.run import HEADS, QUERIES, Result, query_stride
 from nnssl_ext.probing.settings import ProbeSettings
 from nnssl_ext.registration.encoder import Source
-from nnssl_ext.reports.statistics import compare
+from nnssl_ext.reports.statistics import compare, finite, spread
 
 FOREGROUND = "foreground mean"
 """Name of the mean over classes, which stands first."""
@@ -146,25 +146,14 @@ def _row_json(row: Row, data: ProbeData) -> dict[str, Any]:
     return {
         "features": row.features,
         "head": row.head,
-        **{figure: {name: _spread(values) for name, values in row.figures[figure].items()} for figure in FIGURES},
+        **{figure: {name: spread(values) for name, values in row.figures[figure].items()} for figure in FIGURES},
         "cases": {
             case: {
-                figure: {name: _finite(values[place]) for name, values in row.figures[figure].items()}
+                figure: {name: finite(values[place]) for name, values in row.figures[figure].items()}
                 for figure in FIGURES
             }
             for place, case in enumerate(names)
         },
-    }
-
-
-def _spread(values: Float[np.ndarray, " cases"]) -> dict[str, Any]:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return {"mean": None, "sd": None, "n": 0}
-    return {
-        "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
-        "n": len(values),
     }
 
 
@@ -181,7 +170,7 @@ def _compared(first: Row, second: Row) -> list[dict[str, Any]]:
                     "figure": figure,
                     "class": name,
                     "n": result.n,
-                    **{key: _finite(getattr(result, key)) for key in ("difference", "low", "high", "p")},
+                    **{key: finite(getattr(result, key)) for key in ("difference", "low", "high", "p")},
                     "shown": result.shown,
                     "verdict": result.verdict(),
                 }
@@ -218,7 +207,3 @@ def _data_notes(data: ProbeData, population: Sequence[int]) -> list[str]:
             "and its answers spread over the voxels between"
         )
     return notes
-
-
-def _finite(value: float) -> float | None:
-    return value if np.isfinite(value) else None

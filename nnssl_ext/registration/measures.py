@@ -1,13 +1,12 @@
-"""How good a registration is: overlap of labels, distance of their surfaces, distance of landmarks."""
+"""How good a registration is: overlap of labels, distance of their surfaces."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 from scipy import ndimage
-from torch import Tensor
 
 Labels = Integer[np.ndarray, "Z Y X"]
 Spacing = Sequence[float]
@@ -39,23 +38,6 @@ def hd95(fixed: Labels, warped: Labels, spacing: Spacing, labels: Sequence[int])
         both = np.concatenate([_distance_to(b, spacing)[a], _distance_to(a, spacing)[b]])
         distances[label] = float(np.percentile(both, 95))
     return distances
-
-
-def target_registration_error(
-    fixed_points: Float[np.ndarray, "N 3"],
-    moving_points: Float[np.ndarray, "N 3"],
-    displacement_voxels: Float[Tensor, "3 Z Y X"],
-    spacing: Spacing,
-) -> Float[np.ndarray, " N"]:
-    """Distance in mm between where the field takes each fixed landmark and the moving landmark.
-
-    Args:
-        fixed_points, moving_points: voxel coordinates z, y, x on the fixed grid, not necessarily whole. Between voxels the
-            field is linear; beyond the grid it is that of the nearest face.
-    """
-    field = displacement_voxels.detach().cpu().numpy()
-    moved = np.stack([ndimage.map_coordinates(part, fixed_points.T, order=1, mode="nearest") for part in field], axis=1)
-    return np.linalg.norm((fixed_points + moved - moving_points) * np.asarray(spacing), axis=1)
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:

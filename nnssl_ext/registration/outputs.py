@@ -24,6 +24,7 @@ from nnssl_ext.registration.images import Grid, grid_of, place, reference
 from nnssl_ext.registration.measures import dice, hd95
 from nnssl_ext.registration.pipeline import Registration
 from nnssl_ext.registration.smoothness import smoothness
+from nnssl_ext.reports.statistics import finite
 
 MEASURES = "measures.json"
 """Written last, and removed first: where it is, the other files are those of its registration."""
@@ -199,7 +200,7 @@ def _overlap(
     return {
         name: {
             "mean": _mean(list(each.values())),
-            "per_label": {str(label): _or_none(value) for label, value in each.items()},
+            "per_label": {str(label): finite(value) for label, value in each.items()},
         }
         for name, each in scores.items()
     }
@@ -250,9 +251,5 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 
 def _mean(values: list[float]) -> float | None:
-    finite = [value for value in values if np.isfinite(value)]
-    return float(np.mean(finite)) if finite else None
-
-
-def _or_none(value: float) -> float | None:
-    return value if np.isfinite(value) else None
+    known = [value for value in values if np.isfinite(value)]
+    return float(np.mean(known)) if known else None

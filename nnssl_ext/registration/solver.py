@@ -40,6 +40,10 @@ Pooled = tuple[Float[Tensor, "C z y x"], Float[Tensor, "z y x"] | None]
 LARGE: Size = (2**30, 2**30, 2**30)  # stands for a grid that is not known yet: no axis too short for its cells
 
 
+SDLOGJ = 0.24
+"""Smoothness at which methods are compared: that of MIND with convexAdam's λ of 1.25 on hippocampus pairs."""
+
+
 @dataclass(frozen=True)
 class SolverSettings:
     """How two feature maps are registered. Lengths are in mm.

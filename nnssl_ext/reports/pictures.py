@@ -12,7 +12,6 @@ from jaxtyping import Float, Integer, Shaped
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
 
-PLANES = ("axial (y, x)", "coronal (z, x)", "sagittal (z, y)")
 WINDOW = (0.5, 99.5)
 """Percentiles of the first volume shown as black and white; the other volumes share its window, so they compare."""
 COLOURS = ("blue", "orange", "green", "red", "purple", "brown", "pink", "gray", "olive", "cyan")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -22,6 +23,17 @@ SMALLEST = 6
 def finite(value: float) -> float | None:
     """None for NaN and infinities, which JSON does not have."""
     return float(value) if np.isfinite(value) else None
+
+
+def spread(
+    values: Float[np.ndarray, " cases"], centre: Literal["mean", "median"] = "mean"
+) -> dict[str, float | int | None]:
+    """`centre`, standard deviation ``sd`` (of a sample) and number ``n`` of the finite ones; ``mean`` None where there are none."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"mean": None, "sd": None, "n": 0}
+    middle = np.median(values) if centre == "median" else values.mean()
+    return {centre: float(middle), "sd": float(values.std(ddof=1)) if len(values) > 1 else None, "n": len(values)}
 
 
 @dataclass(frozen=True)

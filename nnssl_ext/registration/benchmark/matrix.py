@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,9 +17,6 @@ from nnssl_ext.registration.benchmark.methods import Method, load
 from nnssl_ext.registration.benchmark.pairs import LabelledPair, Split
 from nnssl_ext.registration.benchmark.selection import Curve, best
 from nnssl_ext.registration.pipeline import PairSettings
-
-SDLOGJ = 0.24
-"""Smoothness at which methods are compared: that of MIND with convexAdam's λ of 1.25 on hippocampus pairs."""
 
 Say = Callable[[str], None]
 Results = list[dict[str, Any]]
@@ -65,13 +62,13 @@ def development_cells(plan: Benchmark, method: Method) -> list[Cell]:
     variants = plan.variants[method.name]
     if not method.strengths and len(variants) == 1:
         return []
-    return _cells(plan, method, "development", variants, plan.split.development, method.strengths or (None,))
+    return _cells(method, "development", variants, plan.split.development, method.strengths or (None,))
 
 
 def test_cells(plan: Benchmark, method: Method, choice: Choice) -> list[Cell]:
     """What is computed to report a method."""
     chosen = {choice.variant: plan.variants[method.name][choice.variant]}
-    return _cells(plan, method, "test", chosen, plan.split.test, (choice.strength,))
+    return _cells(method, "test", chosen, plan.split.test, (choice.strength,))
 
 
 def execute(plan: Benchmark, cells: Sequence[Cell], say: Say) -> tuple[dict[Cell, Results], dict[Cell, str]]:
@@ -178,9 +175,8 @@ def outlook(plan: Benchmark, method: Method, say: Say) -> tuple[int, float]:
 
 
 def _cells(
-    plan: Benchmark,
     method: Method,
-    part: Any,
+    part: Literal["development", "test"],
     variants: dict[str, PairSettings],
     pairs: Iterable[LabelledPair],
     strengths: tuple[float | None, ...],

@@ -12,7 +12,7 @@ import numpy as np
 from nnssl_ext.registration.benchmark.matrix import Benchmark, Choice
 from nnssl_ext.registration.benchmark.methods import Method, pretrained_on
 from nnssl_ext.registration.benchmark.pairs import cases_of
-from nnssl_ext.reports.statistics import compare, finite
+from nnssl_ext.reports.statistics import compare, finite, spread
 
 FIGURES = {"dice": True, "hd95_mm": False, "tre_mm": False}
 """What is compared, and whether more is better."""
@@ -90,17 +90,9 @@ def _row(plan: Benchmark, method: Method, choice: Choice, table: Table) -> dict[
         "strength": choice.strength,
         "notes": list(choice.notes),
         "development": {label: asdict(curve) for label, curve in choice.curves.items()},
-        "test": {name: _spread(values, name) for name, values in columns.items()},
+        "test": {name: spread(values, "median" if name in MEDIAN else "mean") for name, values in columns.items()},
         "test_pairs": {pair: {name: finite(value) for name, value in each.items()} for pair, each in table.items()},
     }
-
-
-def _spread(values: np.ndarray, name: str) -> dict[str, Any]:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return {"mean": None, "sd": None, "n": 0}
-    centre = {"median": float(np.median(values))} if name in MEDIAN else {"mean": float(values.mean())}
-    return centre | {"sd": float(values.std(ddof=1)) if len(values) > 1 else None, "n": len(values)}
 
 
 def _compared(first: str, second: str, tables: dict[str, Table]) -> list[dict[str, Any]]:
