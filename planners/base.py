@@ -15,6 +15,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
 
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.files import read_json
 from nnssl_ext.paths import folder
 from nnssl_ext.planners.fingerprint import label_free_fingerprint
 from nnssl_ext.planners.memory import Views, largest_batch, memory_gb, network_cost
@@ -24,6 +25,7 @@ from nnssl_ext.planners.preview import describe
 from nnssl_ext.planners.raw_dataset import require_labels
 from nnssl_ext.planners.sizes import local_crop
 from nnssl_ext.records import Size
+from nnssl_ext.trainers.finetuning.settings import BLOCK as FINETUNING
 
 MOST_CASES = 8
 """Largest batch: nnssl's published pretraining runs used 8 cases per GPU; beyond, small data sets get endless epochs."""
@@ -121,6 +123,10 @@ class PretrainingPlanner(ExperimentPlanner):
         plans = self.make_plans()
         self.preprocessed.mkdir(parents=True, exist_ok=True)
         shutil.copy(Path(self.raw_dataset_folder) / "dataset.json", self.preprocessed / "dataset.json")
+        earlier = self.preprocessed / f"{self.plans_identifier}.json"
+        if earlier.is_file() and (finetuning := read_json(earlier).get(FINETUNING)) is not None:
+            plans[FINETUNING] = finetuning
+            print(f"kept {FINETUNING}, the fine-tuning settings of the {self.plans_identifier} that these replace")
         self.plans = plans
         self.save_plans(plans)
         print(describe(plans, "3d_fullres", len(self.dataset_json["labels"])))

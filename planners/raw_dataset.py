@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -55,7 +56,8 @@ def require_labels_of_command(words: Sequence[str]) -> None:
 def _cases_without_label(raw: Path, dataset: dict[str, Any]) -> tuple[list[str], list[str]]:
     if "dataset" in dataset:  # nnU-Net's way of naming files that lie elsewhere
         labels = {
-            case: raw / files["label"] if files.get("label") else None for case, files in dataset["dataset"].items()
+            case: raw / os.path.expandvars(files["label"]) if files.get("label") else None
+            for case, files in dataset["dataset"].items()
         }
     else:
         ending = dataset.get("file_ending", ".nii.gz")

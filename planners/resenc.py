@@ -60,7 +60,7 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
         _truncate(arch, RESENC_PRESETS[self.preset].max_stages or arch["n_stages"])
         if arch["n_stages"] < 2:
             raise NnsslError(
-                f"a patch of {configuration['patch_size']} voxels leaves {type(self).__name__} a single stage, without a decoder",
+                f"a patch of {[int(edge) for edge in configuration['patch_size']]} voxels leaves {type(self).__name__} a single stage, without a decoder",
                 "use nnsslPlannerPrimusTiny or nnsslPlannerResEncM, or a finer -overwrite_target_spacing",
             )
         divisor = cast(Size, tuple(math.prod(axis) for axis in np.array(arch["strides"]).T.tolist()))
@@ -70,9 +70,15 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
         patch = cast(Size, tuple(int(edge) for edge in configuration["patch_size"]))
         if any(edge % d for edge, d in zip(patch, divisor, strict=True)):
             raise NnsslError(f"patch {list(patch)} is no multiple of {list(divisor)}", "choose another --patch_size")
-        configuration["batch_size"] = self.supervised_batch(
-            int(configuration["batch_size"]), patch, approximate_n_voxels_dataset
-        )
+        if patch == divisor:
+            raise NnsslError(
+                f"a patch of {list(patch)} voxels is a single place of the deepest feature map, which cannot be normalised",
+                f"give a --patch_size with an edge of at least twice that of {list(divisor)}",
+            )
+        fitting = int(configuration["batch_size"])
+        if self.overrides.patch_size:  # nnU-Net's is for its own patch
+            fitting = self.fitting_batch(self.step_gb(configuration["architecture"], patch, divisor))
+        configuration["batch_size"] = self.supervised_batch(fitting, patch, approximate_n_voxels_dataset)
         configuration["nnssl"] = self.nnssl_block(configuration, divisor, None, {"global_crop": reason})
         return configuration
 

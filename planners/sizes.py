@@ -73,8 +73,16 @@ def shrink(
 
 
 def local_crop(global_crop: Sequence[int], divisor: Sequence[int]) -> Size:
-    """Half the global crop per axis (DINOv2 in 3D: 96 and 48 voxels), rounded up to multiples of `divisor`."""
-    return round_up([edge / 2 for edge in global_crop], divisor)
+    """Half the global crop per axis (DINOv2 in 3D: 96 and 48 voxels), rounded up to multiples of `divisor`; two of it along the
+    longest axis where that leaves one place or token, which cannot be normalised."""
+    half = round_up([edge / 2 for edge in global_crop], divisor)
+    if half != tuple(divisor):
+        return half
+    longest = max(range(3), key=lambda axis: global_crop[axis] / divisor[axis])
+    z, y, x = (
+        min(2 * d, g) if axis == longest else d for axis, (d, g) in enumerate(zip(divisor, global_crop, strict=True))
+    )
+    return z, y, x
 
 
 def round_up(size: Sequence[int | float], divisor: Sequence[int]) -> Size:

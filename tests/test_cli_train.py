@@ -21,7 +21,14 @@ def dataset(nnunet_env):
     ("flag", "value"),
     [
         *((flag, "0") for flag in ("--batch_size", "--epochs", "--iterations", "-num_gpus", "--optim.accumulate")),
-        *(("--seed", "-1"), ("--optim.lr", "-1"), ("--optim.lr", "nan")),
+        *(
+            ("--seed", "-1"),
+            ("--optim.lr", "-1"),
+            ("--optim.lr", "nan"),
+            ("--optim.clip", "0"),
+            ("--optim.warmup", "-1"),
+        ),
+        *(("--optim.weight_decay", "-1"), ("--optim.final_lr", "nan")),
     ],
 )
 def test_values_out_of_range_are_refused_by_their_flag(dataset, flag, value):

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nnssl_ext.engine.log import TrainingLog
+from nnssl_ext.engine.log import TrainingLog, open_tracker
 from nnssl_ext.engine.loop import _add, _means
 from nnssl_ext.files import read_json
 from nnssl_ext.records import Step
@@ -67,3 +68,12 @@ def test_processes_need_not_tell_the_same_figures(tmp_path):
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     for rank in (0, 1):
         assert read_json(tmp_path / f"{rank}.json") == {"loss": 2.0, "hidden": 1.0, "other": 2.5}
+
+
+def test_a_run_that_goes_on_goes_on_at_wandb_too(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: asked.append(options)))
+    for output in (tmp_path / "one", tmp_path / "one", tmp_path / "two"):
+        output.mkdir(exist_ok=True)
+        open_tracker("wandb", output, {})
+    assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"]

@@ -19,7 +19,9 @@ from tiny_dataset import BACKBONES, CONFIGURATION, DATASET, job_of, log_of, weig
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.checkpoints.io import load_checkpoint
 from nnssl_ext.engine import loop
+from nnssl_ext.engine.devices import launch
 from nnssl_ext.engine.job import Job, prepare
+from nnssl_ext.engine.settings import RunSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
 
@@ -143,6 +145,59 @@ def test_another_world_size_is_refused_and_named(dataset, monkeypatch):
         loop.pretrain(job, resume=True)
 
 
+def test_plans_that_changed_are_refused_and_named(dataset):
+    flags = ("--epochs", "1", "--iterations", "1")
+    assert loop.pretrain(job_of(*flags))
+    plans = dataset / "nnsslPrimusTinyPlans.json"
+    content = read_json(plans)
+    content["configurations"][CONFIGURATION]["batch_size"] += 1  # nnU-Net's, which pretraining does not read
+    write_json(plans, content)
+    assert loop.pretrain(job_of(*flags), resume=True)
+    content["configurations"][CONFIGURATION]["spacing"] = [2.0, 2.0, 2.0]
+    write_json(plans, content)
+    with pytest.raises(NnsslError, match=r"plans.spacing: was \[1.0, 1.0, 1.0\], now \[2.0, 2.0, 2.0\]"):
+        loop.pretrain(job_of(*flags), resume=True)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_finished_run_is_kept_though_its_resumable_checkpoint_is_gone(dataset, resume):
+    job = job_of("--epochs", "1", "--iterations", "1")
+    assert loop.pretrain(job)
+    (job.output / "checkpoint_latest.pth").unlink()
+    before = (job.output / "checkpoint_final.pth").read_bytes()
+    with pytest.raises(NnsslError, match="already holds a finished run"):
+        loop.pretrain(job, resume=resume)
+    assert (job.output / "checkpoint_final.pth").read_bytes() == before
+
+
+def test_what_the_first_process_refuses_ends_all_with_one_sentence(dataset):
+    flags = ("--epochs", 1, "--iterations", 1, "-num_gpus", 2)
+    assert subprocess.run(command(*flags), capture_output=True, timeout=300, check=False).returncode == 0
+    again = subprocess.run(command(*flags), capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_every_process_blames_the_case_that_one_of_them_read(dataset):
+    poison(dataset, "case_03")
+    flags = ("--epochs", 1, "--iterations", 12, "--batch_size", 1, "--max_skipped", 0, "-num_gpus", 2)
+    done = subprocess.run(command(*flags), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "the preprocessed images of case_03 hold NaN or Inf" in done.stderr
+    assert "the images are finite" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "started",
+    [{"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "pretrain"}, {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}],
+)
+def test_another_number_of_processes_than_was_started_is_refused(monkeypatch, started):
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NnsslError, match="-num_gpus 2, but"):
+        launch(RunSettings(batch_size=1, processes=2))
+
+
 @pytest.mark.parametrize("method", sorted(pretraining_methods().keys() - NEEDS_WHOLE_BATCHES))
 def test_gradient_accumulation_equals_one_large_batch(dataset, monkeypatch, tmp_path, method):
     no_random_depth(dataset)
@@ -194,20 +249,29 @@ def test_two_processes_equal_one_with_double_batch(dataset, monkeypatch, tmp_pat
         assert float(first[column]) == pytest.approx(float(second[column]), rel=1e-3, abs=1e-4), column
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_process_continues_with_the_same_curve(dataset, monkeypatch, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "kill"), [(signal.SIGKILL, os.kill), (signal.SIGTERM, os.kill), (signal.SIGTERM, os.killpg)]
+)
+def test_a_killed_process_continues_with_the_same_curve(dataset, monkeypatch, tmp_path, number, kill):
+    """A signal to the whole group reaches the process that reads, too."""
     flags = ("--epochs", 4, "--iterations", 30)
     whole = job_of(*map(str, flags))
     assert loop.pretrain(whole)
     monkeypatch.setenv("nnssl_results", str(tmp_path / "killed"))
     killed = replace(whole, output=job_of(*map(str, flags)).output)
-    process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(*flags, "--workers", 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     latest = killed.output / "checkpoint_latest.pth"
     deadline = time.monotonic() + 120
     while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)  # into the next epoch
-    os.kill(process.pid, number)
+    kill(process.pid, number)
     output, _ = process.communicate(timeout=60)
     if number == signal.SIGTERM:
         assert process.returncode == 0, output

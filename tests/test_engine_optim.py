@@ -36,6 +36,12 @@ def test_a_constant_rate_stays_what_was_asked_for():
     assert [rate(step) for step in (0, 1, 2, 9)] == pytest.approx([5e-5, 1e-4, 1e-4, 1e-4])
 
 
+def test_momenta_from_1_on_are_refused_and_clipping_can_be_switched_off():
+    with pytest.raises(NnsslError, match=r"--optim\.betas"):
+        OptimSettings(betas=(1.5, 0.9))
+    assert OptimSettings(clip=float("inf")).clip == float("inf")
+
+
 def test_a_warm_up_of_one_or_more_counts_steps():
     rate = schedule(1000, lr=1.0, warmup=4.0).learning_rate
     assert [rate(step) for step in range(5)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])

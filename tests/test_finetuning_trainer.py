@@ -314,6 +314,9 @@ def test_threads_follow_the_variable_that_nnunet_ignores(bench, monkeypatch) -> 
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         bench.trainer("resenc")
         assert torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "3,1")  # one number per level of nesting
+        bench.trainer("resenc")
+        assert torch.get_num_threads() == 3
         bench.trainer("resenc", threads=2)
         assert torch.get_num_threads() == 2
     finally:
@@ -353,3 +356,26 @@ def test_evaluations_on_the_way_are_kept_and_change_nothing(bench, monkeypatch) 
     record = json.loads((output / "finetuning.json").read_text())
     seconds = [found[f"evaluation_epoch_{e}.json"]["training_seconds"] for e in (1, 2)] + [record["training_seconds"]]
     assert 0 < seconds[0] < seconds[1] < seconds[2] and record["iterations"] == 8
+
+
+def test_an_evaluation_that_was_interrupted_is_made_after_all(bench, monkeypatch) -> None:
+    """nnU-Net saves the checkpoint of an epoch before the epoch's evaluation."""
+    trainer = bench.trainer("resenc", evaluations=3)
+
+    def dies() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "perform_actual_validation", dies)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run_training()
+    resumed = bench.trainer("resenc", resume=True, evaluations=3)
+    output = Path(resumed.output_folder)
+
+    def validate() -> None:
+        (output / "validation").mkdir()
+        (output / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": [resumed.current_epoch]}))
+
+    monkeypatch.setattr(resumed, "perform_actual_validation", validate)
+    resumed.run_training()
+    found = [json.loads((output / f"evaluation_epoch_{epoch}.json").read_text()) for epoch in (1, 2)]
+    assert [one["summary"]["metric_per_case"] for one in found] == [[1], [2]]

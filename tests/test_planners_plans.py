@@ -177,6 +177,42 @@ def test_overrides(nnunet_env):
     unet.overrides = Overrides(token_size=(8, 8, 8))
     with pytest.raises(NnsslError, match="no tokens"):
         unet.make_plans()
+    unet.overrides = Overrides(patch_size=(4, 4, 4))
+    with pytest.raises(NnsslError, match="single place of the deepest feature map"):
+        unet.make_plans()
+
+
+def test_the_supervised_batch_is_that_of_the_patch_asked_for(nnunet_env):
+    """nnU-Net's own is for its own patch: 128 x 128 x 128 voxels in 8 GB, two at a time."""
+    write_dataset(nnunet_env, (300, 300, 300))
+    planner = nnsslPlannerResEncM(9)
+    planner.overrides = Overrides(patch_size=(64, 64, 64))
+    small = configuration_of(planner.make_plans(), "3d_fullres")
+    assert small["batch_size"] > 2 and small["batch_size"] == small["nnssl"]["batch_size"]
+    planner.overrides = Overrides(patch_size=(192, 192, 192))
+    assert configuration_of(planner.make_plans(), "3d_fullres")["batch_size"] == 2  # nnU-Net's least
+
+
+def test_planning_again_keeps_the_settings_of_fine_tuning(nnunet_env, capsys):
+    write_dataset(nnunet_env, (20, 24, 28))
+    plans = nnsslPlannerPrimusTiny(9).plan_experiment()
+    file = nnunet_env.preprocessed / "Dataset009_Boxes" / "nnsslPrimusTinyPlans.json"
+    file.write_text(json.dumps({**plans, "nnssl_finetuning": {"epochs": 7}}))
+    nnsslPlannerPrimusTiny(9).plan_experiment()
+    assert json.loads(file.read_text())["nnssl_finetuning"] == {"epochs": 7}
+    assert "kept nnssl_finetuning" in capsys.readouterr().out
+
+
+def test_files_that_lie_elsewhere_are_found_as_nnunet_finds_them(nnunet_env, monkeypatch):
+    raw = write_dataset(nnunet_env, (20, 24, 28))
+    content = json.loads((raw / "dataset.json").read_text())
+    monkeypatch.setenv("SCANS", str(raw))
+    content["dataset"] = {
+        f"case{i}": {"images": [f"$SCANS/imagesTr/case{i}_0000.nii.gz"], "label": f"$SCANS/labelsTr/case{i}.nii.gz"}
+        for i in range(3)
+    }
+    (raw / "dataset.json").write_text(json.dumps(content))
+    assert nnsslPlannerPrimusTiny(9).make_plans()["plans_name"] == "nnsslPrimusTinyPlans"
 
 
 def test_a_window_in_hounsfield_units_is_what_stock_nnunet_clips_to(nnunet_env):

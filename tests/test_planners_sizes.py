@@ -63,6 +63,8 @@ def test_local_crop_is_half_in_multiples():
     assert local_crop((96, 96, 96), (8, 8, 8)) == (48, 48, 48)
     assert local_crop((36, 52, 36), (4, 4, 4)) == (20, 28, 20)
     assert local_crop((16, 128, 128), (16, 32, 32)) == (16, 64, 64)
+    assert local_crop((16, 32, 24), (16, 16, 16)) == (16, 32, 16)  # a single place could not be normalised
+    assert local_crop((16, 16, 16), (16, 16, 16)) == (16, 16, 16)  # there are no two
 
 
 @given(st.tuples(*[st.floats(0.1, 500)] * 3), st.tuples(*[st.integers(1, 32)] * 3))

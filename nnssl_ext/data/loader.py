@@ -7,6 +7,7 @@ continues with the same batches, two processes with batch B see what one with 2B
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
@@ -113,7 +114,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_reading,
         generator=torch.Generator(),  # its own: torch would draw the workers' seeds from the global stream
     )
     return RegionLoader(loader, steps)
@@ -197,5 +198,9 @@ def _collate(samples: list[tuple[Region, tuple[ViewDraw, ...]] | NnsslError]) ->
     )
 
 
-def _one_thread(worker: int) -> None:
+def _begin_reading(worker: int) -> None:
+    """One thread; and a signal to the whole process group is for the training process, which ends its readers in its own time."""
     torch.set_num_threads(1)
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

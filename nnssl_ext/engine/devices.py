@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric
 
 from nnssl_ext.engine.settings import RunSettings
 from nnssl_ext.errors import NnsslError
+
+T = TypeVar("T")
 
 
 def launch(run: RunSettings) -> Fabric:
@@ -17,7 +21,7 @@ def launch(run: RunSettings) -> Fabric:
     Under torchrun and SLURM the environment says how many processes and nodes there are.
 
     Raises:
-        NnsslError: the device is not there.
+        NnsslError: the device is not there, or the environment says another number of processes than was asked for.
     """
     _check_device(run)
     processes, nodes = _world(run.processes)
@@ -32,15 +36,40 @@ def launch(run: RunSettings) -> Fabric:
     return fabric
 
 
+def on_first(fabric: Fabric, work: Callable[[], T]) -> T | None:
+    """What `work` returns on the first process, None on the others.
+
+    Raises:
+        NnsslError: `work` did, on the first process; here it ends all of them alike.
+    """
+    found = refused = None
+    if fabric.is_global_zero:
+        try:
+            found = work()
+        except NnsslError as error:
+            refused = error.what, error.fix
+    if (refused := fabric.broadcast(refused)) is not None:
+        raise NnsslError(*refused)
+    return found
+
+
 def _world(processes: int) -> tuple[int, int]:
+    """Processes per node, and nodes."""
     env = os.environ
-    if "LOCAL_WORLD_SIZE" in env and "WORLD_SIZE" in env:  # torchrun
+    if "LOCAL_WORLD_SIZE" in env and "WORLD_SIZE" in env:
         local = int(env["LOCAL_WORLD_SIZE"])
-        return local, int(env["WORLD_SIZE"]) // local
-    if "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        started, nodes, who = local, int(env["WORLD_SIZE"]) // local, "torchrun"
+    elif "SLURM_NTASKS" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         nodes = int(env.get("SLURM_NNODES", "1"))
-        return int(env["SLURM_NTASKS"]) // nodes, nodes
-    return processes, 1
+        started, who = int(env["SLURM_NTASKS"]) // nodes, "SLURM (SLURM_NTASKS)"
+    else:
+        return processes, 1
+    if processes not in (1, started):
+        raise NnsslError(
+            f"-num_gpus {processes}, but {who} starts {started} process(es) on this node",
+            "ask it for one task per GPU and start nnssl_train with srun, without -num_gpus; or unset SLURM_NTASKS",
+        )
+    return started, nodes
 
 
 def _check_device(run: RunSettings) -> None:

@@ -45,6 +45,19 @@ class Faults:
         self.cases.clear()
         self.bad_input.clear()
 
+    def of_all(self, processes: int) -> Faults:
+        """With the cases of all processes, each of which must ask."""
+        if processes == 1:
+            return self
+        everyone: list[tuple[Counter[str], set[str]]] = [(Counter(), set())] * processes
+        torch.distributed.all_gather_object(everyone, (self.cases, self.bad_input))
+        together = Faults(self.budget)
+        together.steps = list(self.steps)
+        for cases, bad in everyone:
+            together.cases.update(cases)
+            together.bad_input.update(bad)
+        return together
+
     def diagnosis(self, lr: float, precision: str) -> NnsslError:
         """What the skipped steps have in common, and what to do."""
         what = (

@@ -72,10 +72,11 @@ class Job:
         """Optimiser steps of the whole run."""
         return int(self.settings.epochs * self.settings.iterations)
 
-    def __str__(self) -> str:
+    def about(self, world_size: int) -> str:
+        """One line; ``world_size`` as in `prepare`."""
         return (
             f"{self.method} on {self.plan.preset}, {len(self.cases)} cases of {self.dataset}, "
-            f"batch {self.run.batch_size} x {self.run.processes}, {self.total_steps} steps -> {self.output}"
+            f"batch {self.run.batch_size} x {world_size}, {self.total_steps} steps -> {self.output}"
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -133,21 +134,24 @@ def prepare(job: Job, resume: bool, world_size: int) -> bool:
         Whether a checkpoint to continue from exists.
 
     Raises:
-        NnsslError: labels to learn from that the dataset does not have; the folder holds a run and ``resume`` is off; or the
-            settings differ from the run's, naming each.
+        NnsslError: labels to learn from that the dataset does not have; the folder holds a run and ``resume`` is off, or a
+            finished one that cannot be continued; or settings or plans differ from the run's, naming each.
     """
     dataset_json = preprocessed_folder(job.dataset) / "dataset.json"
     if labels := getattr(job.settings, "labels", ()):
         _refuse_unknown_labels(labels, read_json(dataset_json), job.dataset)
     settings = {**job.as_json(), "world_size": world_size}
-    latest = job.output / LATEST
+    latest, final = job.output / LATEST, job.output / FINAL
     if latest.exists() and not resume:
         raise NnsslError(f"{job.output} already holds a run", "add --c to continue it, or --name for another run")
+    if final.exists() and not latest.exists():
+        raise NnsslError(f"{job.output} already holds a finished run", "use its checkpoint, or --name for another run")
     if latest.exists():
-        before = read_json(job.output / "settings.json")
-        _refuse_changes({"world_size": world_size, **before}, settings, job.output)  # settings files of old lack it
+        before = {"world_size": world_size, **read_json(job.output / "settings.json")}  # settings files of old lack it
+        before["plans"] = _read_of_plans(job, job.output / "plans.json")
+        _refuse_changes(before, {**settings, "plans": _read_of_plans(job)}, job.output)
     elif job.output.exists():
-        for stale in ("training_log.csv", "progress.png", "diagnosis.txt", "report.html"):
+        for stale in ("training_log.csv", "progress.png", "diagnosis.txt", "report.html", "wandb_id.txt"):
             (job.output / stale).unlink(missing_ok=True)
     write_json(job.output / "settings.json", settings)
     write_json(job.output / "plans.json", job.plans)
@@ -170,6 +174,19 @@ def _refuse_unknown_labels(labels: tuple[int, ...], content: dict[str, Any], dat
     if unknown := [label for label in labels if label not in known]:
         told = ", ".join(f"{value} {'/'.join(names)}" for value, names in sorted(known.items()))
         raise NnsslError(f"--labels: unknown label {', '.join(map(str, unknown))} in {dataset}", f"known: {told}")
+
+
+def _read_of_plans(job: Job, file: Path | None = None) -> dict[str, Any]:
+    """What pretraining reads of the job's plans, or of this file."""
+    plans = job.plans if file is None else read_json(file)
+    found = configuration_of(plans, job.plan.configuration)
+    data = ("data_identifier", "spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
+    sizes = ("global_crop", "local_crop", "token_size")
+    return {
+        **{name: found.get(name) for name in data},
+        **{name: found["nnssl"].get(name) for name in sizes},
+        "intensities": plans.get("foreground_intensity_properties_per_channel"),
+    }
 
 
 def _refuse_changes(before: dict[str, Any], after: dict[str, Any], output: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from nnssl_ext.reports.curves import draw_progress
 Row = Mapping[str, float | int]
 
 HEALTHY = "no finding"
+WANDB_ID = "wandb_id.txt"
+"""Names the run at W&B, so that ``--c`` continues it there too."""
 
 
 class TrainingLog:
@@ -89,7 +92,10 @@ def open_tracker(kind: str, output: Path, settings: dict[str, Any]) -> Callable[
             return to_tensorboard
         import wandb
 
-        run = wandb.init(dir=output, name=output.name, config=settings, resume="allow")
+        named = output / WANDB_ID
+        if not named.is_file():
+            named.write_text(uuid.uuid4().hex)
+        run = wandb.init(dir=output, name=output.name, id=named.read_text(), config=settings, resume="allow")
         return lambda row: run.log(row, step=int(row["step"]))
     except ImportError as error:
         raise NnsslError(f"--tracker {kind}: {error}", f'pip install "nnssl-ext[{kind}]"') from error

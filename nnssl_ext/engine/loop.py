@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nnssl_ext.checkpoints.io import save_checkpoint
 from nnssl_ext.contracts import Method, Monitor
 from nnssl_ext.data.loader import RegionBatch, make_loader
-from nnssl_ext.engine.devices import launch
+from nnssl_ext.engine.devices import launch, on_first
 from nnssl_ext.engine.faults import Faults
 from nnssl_ext.engine.job import BEST, FINAL, LATEST, Job, prepare
 from nnssl_ext.engine.log import TrainingLog, open_tracker
@@ -73,21 +73,21 @@ def pretrain(job: Job, resume: bool = False) -> bool:
         NnsslError: settings that differ from those of the run to be continued, or non-finite steps past the budget.
     """
     fabric = launch(job.run)
-    found = bool(fabric.broadcast(prepare(job, resume, fabric.world_size) if fabric.is_global_zero else False))
+    found = bool(fabric.broadcast(on_first(fabric, lambda: prepare(job, resume, fabric.world_size))))
     beginning = Beginning(build_method(job)) if found else begin(job)
     parts = assemble(fabric, job, beginning.method)
     state = TrainState(origin=beginning.origin, weight_norm=_norm(parts.method))
     if found:
         state = load_latest(job.output / LATEST, parts.method, parts.optimizer)
-    fabric.print(f"{job}\ncontinuing at step {state.step}" if found else str(job))
+    fabric.print(job.about(fabric.world_size) + (f"\ncontinuing at step {state.step}" if found else ""))
     if beginning.table and fabric.is_global_zero:
         fabric.print(f"starting from {job.run.pretrained_weights}: {beginning.table}")
         write_json(job.output / "transfer.json", {**beginning.origin, **beginning.table.as_json()})
-    log = probe = None
-    if fabric.is_global_zero:
-        tracker = open_tracker(job.run.tracker, job.output, job.as_json())
-        log = TrainingLog(job.output, state.step // job.settings.iterations, tracker)
-        probe = open_probe(job, parts.method, fabric.device)
+    done = state.step // job.settings.iterations
+    log = on_first(
+        fabric, lambda: TrainingLog(job.output, done, open_tracker(job.run.tracker, job.output, job.as_json()))
+    )
+    probe = on_first(fabric, lambda: open_probe(job, parts.method, fabric.device))
     with stop_on_signal() as stop:
         watch = Watch(standard_monitors(), Faults(job.run.max_skipped), stop, probe)
         batches = stream(parts, state)
@@ -224,7 +224,7 @@ def roll_back(parts: Parts, state: TrainState, faults: Faults) -> TrainState:
         restored = TrainState(origin=state.origin, weight_norm=_norm(parts.method))
         parts.optimizer.state.clear()
     if state.rollback_step == restored.step:
-        raise faults.diagnosis(lr, job.run.precision)
+        raise faults.of_all(parts.fabric.world_size).diagnosis(lr, job.run.precision)
     parts.fabric.print(f"more than {faults.budget} non-finite steps: rolling back to step {restored.step}")
     restored.attempt, restored.rollback_step = state.attempt + 1, restored.step
     restored.skipped = state.skipped

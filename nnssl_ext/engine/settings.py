@@ -26,7 +26,7 @@ class OptimSettings:
         schedule: ``poly`` = nnU-Net's (1 - t) ** 0.9, ``cosine`` to ``final_lr``, or ``constant``, after a linear warm-up from 0.
         warmup: share of all optimiser steps, or their number from 1 on.
         final_lr: learning rate at the end of ``cosine``, whatever the scaling.
-        clip: largest gradient norm.
+        clip: largest gradient norm; inf: no clipping.
         clip_by: what is clipped on its own: ``all`` gradients together, each child ``module`` of the method (DINOv2: backbone
             and heads), or each ``parameter`` (DINO, iBOT).
         accumulate: micro-batches per optimiser step.
@@ -51,6 +51,19 @@ class OptimSettings:
             raise NnsslError(f"--optim.lr {self.lr}", "give a finite number above 0")
         if self.accumulate < 1:
             raise NnsslError(f"--optim.accumulate {self.accumulate}", "give at least 1")
+        if not self.clip > 0:
+            raise NnsslError(f"--optim.clip {self.clip}", "give a number above 0; inf switches clipping off")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise NnsslError(f"--optim.betas {self.betas}", "give two numbers from 0 to below 1")
+        ends = 0.0 if self.weight_decay_end is None else self.weight_decay_end
+        for name, value in (
+            ("weight_decay", self.weight_decay),
+            ("weight_decay_end", ends),
+            ("warmup", self.warmup),
+            ("final_lr", self.final_lr),
+        ):
+            if not 0 <= value < math.inf:
+                raise NnsslError(f"--optim.{name} {value}", "give a finite number from 0 on")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from nnssl_ext.errors import NnsslError
 
 @dataclass
 class TrainState:
-    """Where a run stands. Batches, views and every random number follow from (seed, step), so no generator is saved.
+    """Where a run stands. Batches, views and every random number follow from (seed, step), so no generator is saved. What monitors
+    pool is not saved either: after a resume their first figures rest on fewer steps; weights and losses do not change by that.
 
     Attributes:
         step: optimiser steps done, skipped ones included.

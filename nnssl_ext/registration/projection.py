@@ -73,10 +73,25 @@ def fuse(
         if not weight:
             continue
         share = weight / sum(weights) * channels / len(fixed)
-        factor = math.sqrt(share / max(_difference(fixed, moving, fixed_mask, moving_mask), 1e-12))
+        factor = math.sqrt(share / max(unrelated_difference(fixed, moving, fixed_mask, moving_mask), 1e-12))
         fused[0].append(fixed * factor)
         fused[1].append(moving * factor)
     return torch.cat(fused[0]), torch.cat(fused[1])
+
+
+def unrelated_difference(
+    fixed: Float[Tensor, "C Z Y X"],
+    moving: Float[Tensor, "C Z Y X"],
+    fixed_mask: Bool[Tensor, "Z Y X"] | None,
+    moving_mask: Bool[Tensor, "Z Y X"] | None,
+) -> float:
+    """Mean over channels of the squared difference between a random foreground place of one volume and one of the other."""
+    apart = []
+    for here, there in zip(fixed, moving, strict=True):  # channel by channel: picking voxels copies
+        a = here if fixed_mask is None else here[fixed_mask]
+        b = there if moving_mask is None else there[moving_mask]
+        apart.append((a.mean() - b.mean()).square() + a.var(unbiased=False) + b.var(unbiased=False))
+    return float(torch.stack(apart).mean())
 
 
 def _foreground(features: FeatureMap, mask: Bool[Tensor, "Z Y X"]) -> Float[Tensor, "C N"]:
@@ -101,12 +116,3 @@ def _project(features: FeatureMap, mean: Float[Tensor, " C"], basis: Tensor | No
     if basis is not None:
         values = torch.einsum("ck,czyx->kzyx", basis.to(values.dtype), values)
     return replace(features, values=values)
-
-
-def _difference(
-    fixed: Tensor, moving: Tensor, fixed_mask: Bool[Tensor, "Z Y X"], moving_mask: Bool[Tensor, "Z Y X"]
-) -> float:
-    """Mean over channels of the squared difference between a random foreground place of one volume and one of the other."""
-    a, b = fixed[:, fixed_mask], moving[:, moving_mask]
-    apart = (a.mean(1) - b.mean(1)).square() + a.var(1, unbiased=False) + b.var(1, unbiased=False)
-    return float(apart.mean())

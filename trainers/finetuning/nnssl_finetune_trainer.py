@@ -66,7 +66,7 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
             self.configuration_manager.configuration["batch_size"] = settings.batch_size
         threads = settings.threads or os.environ.get("OMP_NUM_THREADS")
         if self.device.type == "cpu" and threads:
-            torch.set_num_threads(int(threads))
+            torch.set_num_threads(int(str(threads).split(",")[0]))  # OpenMP takes one number per level
         self._initial: dict[str, Tensor] = {}
         self._resumed = False
         self._iteration = 0
@@ -148,7 +148,7 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             validation = Path(self.output_folder) / "validation"
             summary = {**self._spent(), "summary": read_json(validation / "summary.json")}
-            write_json(Path(self.output_folder) / EVALUATION.format(self.current_epoch), summary)
+            write_json(self._evaluation_file, summary)
             shutil.rmtree(validation)  # else cases of this one could pass for those of the last
 
     def _spent(self) -> dict[str, int | float]:
@@ -167,6 +167,8 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
         super().on_train_start()
         if self._resumed:
             self._continue_record()
+            if self.current_epoch in self.settings.evaluated_epochs and not self._evaluation_file.is_file():
+                self._evaluate()  # nnU-Net saves before it, and the process ended in between
         else:
             self._receive_weights()
         self._initial = {}
@@ -178,6 +180,10 @@ class nnsslFinetuneTrainer(nnUNetTrainer):
     @property
     def _record_file(self) -> Path:
         return Path(self.output_folder) / RECORD
+
+    @property
+    def _evaluation_file(self) -> Path:
+        return Path(self.output_folder) / EVALUATION.format(self.current_epoch)
 
     def _receive_weights(self) -> None:
         """Say whether pretrained weights arrived, undo the half that is not to be transferred, and leave a record."""

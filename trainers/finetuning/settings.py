@@ -228,4 +228,9 @@ def _check(settings: FinetuneSettings) -> None:
         need(name, 0 <= getattr(settings, name) <= 1, "between 0 and 1")
     need("layer_decay", 0 < settings.layer_decay <= 1, "above 0 and at most 1")
     need("gradient_clip", 0 < settings.gradient_clip <= 12, "above 0 and at most 12, which nnU-Net applies anyway")
-    need("warmup_share", settings.warmup_share + settings.freeze_share <= 1, "at most 1 together with freeze_share")
+    if settings.schedule == "sawtooth":
+        need("warmup_share", settings.warmup_share + settings.freeze_share <= 1, "at most 1 together with freeze_share")
+    need("momentum", 0 <= settings.momentum < 1, "from 0 to below 1")
+    need("betas", all(0 <= beta < 1 for beta in settings.betas), "from 0 to below 1")
+    for name in ("seed", "subset_seed"):
+        need(name, getattr(settings, name) >= 0, "0 or more")
