@@ -20,6 +20,9 @@ from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json
 from nnssl_ext.paths import dataset_id, dataset_name, folder
 
+FINETUNING = "nnssl_finetuning"
+"""The block ``plans[FINETUNING]`` with the settings of fine-tuning (`nnssl_ext.trainers.finetuning.settings`)."""
+
 
 def preprocessed_folder(dataset: str | int) -> Path:
     """``nnUNet_preprocessed/DatasetXXX_Name`` of an id or a name."""

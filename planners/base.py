@@ -24,8 +24,8 @@ from nnssl_ext.planners.overrides import Overrides, check_options
 from nnssl_ext.planners.preview import describe
 from nnssl_ext.planners.raw_dataset import require_labels
 from nnssl_ext.planners.sizes import local_crop
+from nnssl_ext.plans import FINETUNING
 from nnssl_ext.records import Size
-from nnssl_ext.trainers.finetuning.settings import BLOCK as FINETUNING
 
 MOST_CASES = 8
 """Largest batch: nnssl's published pretraining runs used 8 cases per GPU; beyond, small data sets get endless epochs."""

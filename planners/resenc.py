@@ -10,6 +10,7 @@ from jaxtyping import Float
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     ResEncUNetPlanner,
 )
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.presets import RESENC_PRESETS
@@ -53,6 +54,10 @@ class ResEncPlanner(PretrainingPlanner, ResEncUNetPlanner):
         """One configuration of the plans; arguments as nnU-Net passes them."""
         if self.overrides.token_size:
             raise NnsslError(f"{self.preset} has no tokens", "leave out --token_size, or use a Primus planner")
+        if get_allowed_n_proc_DA() < 1:  # nnU-Net estimates memory with so many threads
+            raise NnsslError(
+                "nnUNet_n_proc_DA=0: nnU-Net cannot plan a U-Net so", "export nnUNet_n_proc_DA=1 for planning"
+            )
         configuration = super().get_plans_for_configuration(
             spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
         )

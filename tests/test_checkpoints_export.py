@@ -24,6 +24,7 @@ from nnssl_ext.checkpoints.source import name_of, with_local_files
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
 from nnssl_ext.networks.build import build_network
+from nnssl_ext.plans import FINETUNING
 
 PATCH = [16, 24, 16]
 
@@ -108,11 +109,15 @@ def test_an_adapted_checkpoint_is_exported_with_its_origin(exported, tmp_path):
     """Also one whose papers lack what nnssl's format asks for, as files of others may."""
     content, folder = exported
     source = replace(read_pretrained(folder), citations=[{"bibtex_citations": ["@article{x}"]}])
-    adapted = adapt(source, content["nnssl_ext"]["plans"], "3d_fullres", DATASET_JSON, "adaptedPlans")
+    plans = {**content["nnssl_ext"]["plans"], FINETUNING: {"epochs": 1, "train_cases": 3}}
+    adapted = adapt(source, plans, "3d_fullres", DATASET_JSON, "adaptedPlans")
     save_checkpoint(tmp_path / "adapted.pth", adapted.content)
     export(tmp_path / "adapted.pth", tmp_path / "shared")
     card = (tmp_path / "shared" / "README.md").read_text()
     assert "The weights were taken over from `out` (MAETrainer)." in card and "- @article{x}" in card
+    shared = read_json(tmp_path / "shared" / "plans.json")
+    assert shared["plans_name"] == "adaptedPlans" and not {FINETUNING, "nnssl_adapted_from"} & shared.keys()
+    assert load_checkpoint(tmp_path / "shared")["nnssl_ext"]["plans"] == shared
 
 
 def test_the_card_reads_as_the_hub_reads_it(exported):
@@ -162,7 +167,11 @@ def test_a_tampered_file_is_named_and_refused(exported, name):
     with pytest.raises(NnsslError, match=rf"{name} is not the file that was shared: its SHA-256 differs"):
         load_checkpoint(folder / name)
     (folder / "SHA256SUMS").unlink()
-    load_checkpoint(folder / name)  # it was the sum that gave it away
+    if name.endswith(".pth"):  # its own sums, of its parts, still give it away
+        with pytest.raises(NnsslError, match="differs from its checksum"):
+            load_checkpoint(folder / name)
+    else:
+        load_checkpoint(folder / name)
 
 
 def test_a_damaged_list_of_sums_is_named(exported):

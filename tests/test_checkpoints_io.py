@@ -61,6 +61,19 @@ def test_damage_is_named(tmp_path, damage):
         load_checkpoint(file)
 
 
+def test_flipped_bits_are_named(tmp_path):
+    """torch.load does not compare the checksums that the file has."""
+    file = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {"w": torch.zeros(100_000)}}, file)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(value ^ 255 for value in content[middle : middle + 200])
+    file.write_bytes(content)
+    assert torch.load(file, weights_only=True)["network_weights"]["w"].any()
+    with pytest.raises(NnsslError, match="differs from its checksum"):
+        load_checkpoint(file)
+
+
 def test_a_missing_file_and_a_bare_tensor_are_named(tmp_path):
     with pytest.raises(NnsslError, match=r"no checkpoint at .*nowhere\.pth"):
         load_checkpoint(tmp_path / "nowhere.pth")

@@ -214,11 +214,30 @@ def test_mistakes_are_named(target, tmp_path, here):
     assert "did you mean 'nnUNetPlans'" in refused("-d", 4, "-p", "nnUNetPlan")
     assert "multiples of 4x4x4" in refused("-d", 4, "--patch_size", 16, 16, 18)
     assert "fine-tuning setting warmup_share is 2.0" in refused("-d", 4, "--warmup_share", 2)
+    assert "only a Primus has blocks" in refused("-d", 4, "-p", "nnUNetPlans", "--layer_decay", 0.5)
     write_json(folder / "nnsslAdaptedPlans_MAE.json", {"plans_name": "mine"})
     assert "was not written by nnssl_adapt" in refused("-d", 4)
     (folder / "dataset_fingerprint.json").unlink()
     assert "nnUNetv2_extract_fingerprint -d 4" in refused("-d", 4)
     assert read_json(folder / "nnsslAdaptedPlans_MAE.json") == {"plans_name": "mine"}
+
+
+def test_hounsfield_units_are_not_imposed_on_another_modality(target, tmp_path, here):
+    """nnU-Net's CTNormalization takes its clip and scale from all cases together, which flattens scans of arbitrary units."""
+    plans = plans_of(resenc(), [16] * 3)
+    plans["configurations"]["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    save_checkpoint(tmp_path / "c.pth", content_of(plans))
+    code, _, errors = here(adapt_main, tmp_path / "c.pth", "-d", 4)
+    assert code == 2 and f"channel 0 of {NAME} is not called CT" in errors and "give these plans with -p" in errors
+    write_json(target.raw / NAME / "dataset.json", {**DATASET_JSON, "channel_names": {"0": "CT"}})
+    assert here(adapt_main, tmp_path / "c.pth", "-d", 4)[0] == 0
+
+
+def test_a_patch_of_one_place_is_refused(target, tmp_path, here):
+    save_checkpoint(tmp_path / "c.pth", content_of(plans_of(resenc(), [16] * 3)))
+    divisor = np.prod(resenc()["arch_kwargs"]["strides"], axis=0).tolist()
+    code, _, errors = here(adapt_main, tmp_path / "c.pth", "-d", 4, "--patch_size", *divisor)
+    assert code == 2 and "single place of the deepest feature map" in errors
 
 
 def test_inspect_says_what_is_in_each_kind_of_file(tmp_path, here):

@@ -132,6 +132,25 @@ def test_bad_requests_are_named_before_any_work(checkpoint, instant, tmp_path, m
     assert instant == []
 
 
+@pytest.mark.parametrize("file", ["splits_final.json", "dataset.json"])
+def test_data_that_cannot_be_benchmarked_are_named_before_any_work(
+    checkpoint, instant, tmp_path, monkeypatch, nnunet_env, file
+):
+    """Fewer cases than nnU-Net's default split has folds; no labels but a foreground mask."""
+    folder = nnunet_env.preprocessed / DATASET
+    if file == "splits_final.json":
+        (folder / file).unlink()
+        for case in (4, 5):
+            (folder / "tiny_3d_fullres" / f"case_{case:02d}.b2nd").unlink()
+        words = "has 4 case.*default split has five folds"
+    else:
+        write_json(folder / file, {**read_json(folder / file), "labels": {"background": 0, "foreground": 1}})
+        words = "no labels to learn to tell"
+    with pytest.raises(NnsslError, match=words):
+        call(monkeypatch, *flags(checkpoint, tmp_path / "out"))
+    assert instant == []
+
+
 def test_report_of_nothing_is_refused(tmp_path, monkeypatch):
     with pytest.raises(NnsslError, match="holds no benchmark"):
         call(monkeypatch, "report", tmp_path)

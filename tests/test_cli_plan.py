@@ -11,9 +11,11 @@ from test_planners_plans import write_dataset
 
 from nnssl_ext.catalogue import pretraining_methods
 from nnssl_ext.cli import plan as plan_command
+from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.dino_head import DINOHead, HeadSettings
 from nnssl_ext.planners.memory import Views
 from nnssl_ext.planners.primus import nnsslPlannerPrimusTiny
+from nnssl_ext.planners.resenc import nnsslPlannerResEncTiny
 
 VIEWS = {
     "MAETrainer": Views(1, 0),
@@ -111,6 +113,15 @@ def test_data_of_the_old_plans_are_told(nnunet_env, monkeypatch, capsys, tmp_pat
 def test_the_stock_planning_command_is_named_only_for_what_it_would_plan(flags, command):
     args = plan_command.parser().parse_args(["9", "-pl", TINY, "--png", "here.png", *flags])
     assert plan_command._preprocess(args, "P").startswith(command)
+
+
+def test_names_and_threads_that_nnunet_cannot_take_are_named(nnunet_env, monkeypatch):
+    write_dataset(nnunet_env, (40, 40, 40), cases=1)
+    with pytest.raises(NnsslError, match="'a__b' cannot be part of a plans name"):
+        call(monkeypatch, "-overwrite_plans_name", "a__b")
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    with pytest.raises(NnsslError, match="nnUNet_n_proc_DA=0"):
+        nnsslPlannerResEncTiny(9).make_plans()
 
 
 def test_a_picture_that_cannot_be_written_says_so(nnunet_env, monkeypatch, capsys, tmp_path):

@@ -28,7 +28,9 @@ def write_plans(base: Path) -> None:
     (base / "nnsslSwinUNETRPlans.json").write_text(json.dumps(plans))
 
 
-@pytest.mark.parametrize("method", ["SimSiamTrainer", "MAETrainer", "DINO3DTrainer", "DisruptiveAETrainer"])
+@pytest.mark.parametrize(
+    "method", ["SimSiamTrainer", "MAETrainer", "DINO3DTrainer", "IBOTTrainer", "DisruptiveAETrainer"]
+)
 def test_a_pretrained_encoder_reaches_stock_nnunet(nnunet_env, method):
     write_plans(write_dataset(nnunet_env.preprocessed))
     flags = [DATASET, CONFIGURATION, "-tr", method, "-p", "nnsslSwinUNETRPlans", "-device", "cpu"]
@@ -36,7 +38,7 @@ def test_a_pretrained_encoder_reaches_stock_nnunet(nnunet_env, method):
     if method == "SimSiamTrainer":
         # the cases are smaller than a crop: both views are the whole case
         flags += ["--iou", "1.0", "1.0", "--projector_dim", "32", "--predictor_dim", "8"]
-    if method == "DINO3DTrainer":
+    if method in ("DINO3DTrainer", "IBOTTrainer"):
         flags += [
             "--head.prototypes",
             "64",

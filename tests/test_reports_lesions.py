@@ -142,8 +142,27 @@ def test_the_command(folders):
     assert code == 0 and "one: 2 lesion(s), 20 mm^3" in told.out  # 8 + 12 voxels of 1 mm^3
 
 
+def test_the_command_tells_what_does_not_count_and_writes_strict_json(folders):
+    folder, run = folders
+    empty = sitk.GetImageFromArray(mask().astype(np.uint8))
+    for part, name in (("truth", "missed"), ("truth", "none"), ("predicted", "none")):
+        sitk.WriteImage(empty, str(folder / part / f"{name}.nii.gz"))
+    (folder / "predicted" / "._one.nii.gz").write_bytes(b"macOS")
+    code, told = run(folder / "predicted", folder / "truth", "-l", 2, "-o", folder / "lesions.json")
+    assert code == 0 and "1 label map(s)" in told.out and "missed" in told.out
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    written = json.loads((folder / "lesions.json").read_text(), parse_constant=refuse)
+    assert written["without_prediction"] == ["missed"] and written["per_case"]["none"]["dice"] is None
+
+
 def test_the_command_names_mistakes(folders):
     folder, run = folders
+    (folder / "flat").mkdir()
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 4), np.uint8)), str(folder / "flat" / "one.nii.gz"))
+    assert "one.nii.gz has 2 dimensions" in run(folder / "flat")[1].err
     moved = sitk.ReadImage(str(folder / "truth" / "two.nii.gz"))
     moved.SetOrigin((1, 0, 0))
     sitk.WriteImage(moved, str(folder / "truth" / "two.nii.gz"))

@@ -15,6 +15,7 @@ from nnssl_ext.checkpoints.provenance import training_cases
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import NnsslError, unknown_name
 from nnssl_ext.files import read_json, sha256_of
+from nnssl_ext.monitors.probe import LABEL_FREE, RENAME, is_labelled
 from nnssl_ext.plans import configuration_of, preprocessed_folder, read_plans
 
 
@@ -50,6 +51,11 @@ def find_split(dataset: str, plans_name: str, configuration: str, fold: int, tes
     else:
         from nnunetv2.utilities.crossval_split import generate_crossval_split
 
+        if len(known) < 5:
+            raise NnsslError(
+                f"{dataset} has {len(known)} case(s), and nnU-Net's default split has five folds",
+                "name the cases to test on with --test FILE, or write a splits_final.json",
+            )
         splits, about = generate_crossval_split(sorted(known)), "nnU-Net's default split"
     if not 0 <= fold < len(splits):
         raise NnsslError(f"fold {fold} of {dataset}: there are {len(splits)}", f"choose -f 0 to {len(splits) - 1}")
@@ -68,11 +74,14 @@ def check_arms(benchmark: Benchmark) -> dict[str, dict[str, Any]]:
         among them; None where the run's ``settings.json`` is not beside the checkpoint.
 
     Raises:
-        NnsslError: a checkpoint that cannot be read or does not fit, more labelled cases than there are, or missing files.
+        NnsslError: a checkpoint that cannot be read or does not fit, more labelled cases than there are, no labels, or missing
+            files.
     """
     from nnssl_ext.checkpoints.adapt import adapt, read_pretrained
 
     dataset = read_json(benchmark.preprocessed / "dataset.json")
+    if not is_labelled(dataset):
+        raise NnsslError(f"{benchmark.dataset} has no labels to learn to tell: {LABEL_FREE}", RENAME)
     _check_files(benchmark, dataset["file_ending"])
     about: dict[str, dict[str, Any]] = {}
     for arm in benchmark.arms:

@@ -80,16 +80,25 @@ def read_pretrained(
 
 
 def adapted_name(base: str, name: str) -> str:
-    """The plans name ``<base>_<name>``. nnU-Net splits folder names at ``__``, so that must not occur.
+    """The plans name ``<base>_<name>``.
 
     Raises:
         NnsslError: a name that cannot be part of a folder name.
     """
+    check_name(name, "--name")
+    return f"{base}_{name}"
+
+
+def check_name(name: str, flag: str) -> None:
+    """Refuse what cannot be (part of) a plans name. nnU-Net splits folder names at ``__``, so that must not occur.
+
+    Raises:
+        NnsslError: such a name, for `flag`.
+    """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*", name):
         raise NnsslError(
-            f"'{name}' cannot be part of a plans name", "use letters, digits, '-' and single '_' for --name"
+            f"'{name}' cannot be part of a plans name", f"use letters, digits, '-' and single '_' for {flag}"
         )
-    return f"{base}_{name}"
 
 
 def adapt(

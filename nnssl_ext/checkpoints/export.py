@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnssl_ext.checkpoints.adapt import MARK
 from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
 from nnssl_ext.checkpoints.safetensors_file import write_safetensors
 from nnssl_ext.checkpoints.schema import check, kind_of
@@ -16,13 +17,15 @@ from nnssl_ext.checkpoints.source import CHECKPOINT, SAFETENSORS, SUMS, name_of
 from nnssl_ext.checkpoints.summary import summarise
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write, sha256_of, write_json
-from nnssl_ext.plans import configuration_of
+from nnssl_ext.plans import FINETUNING, configuration_of
 
 CARD, PLANS, ADAPTATION, CONFIG = "README.md", "plans.json", "adaptation_plan.json", "config.json"
 HASHED = (SAFETENSORS, CHECKPOINT, PLANS, ADAPTATION, CONFIG)
 FILES = (*HASHED, SUMS, CARD)
 """What a folder consists of. The card has no hash, so that its author can go on writing it."""
 
+PRIVATE = (FINETUNING, MARK)
+"""Parts of plans that say how somebody fine-tuned."""
 UNKNOWN = "unknown"
 """The hub's name for a licence that nobody stated."""
 
@@ -116,14 +119,16 @@ def model_card(
 
 
 def _shared(content: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """The entries of a checkpoint of ours that others need."""
+    """The entries of a checkpoint of ours that others need. How its author fine-tuned is not among them."""
     if kind_of(content, origin) != "nnssl_ext":
         raise NnsslError(
             f"{origin} was not written by nnssl-ext",
             "share files of nnssl, OpenMind and nnU-Net as their authors do, or run nnssl_adapt and export its checkpoint",
         )
     check(content, origin)
-    return {key: content[key] for key in ("network_weights", "nnssl_adaptation_plan", "citations", "nnssl_ext")}
+    plans = {key: value for key, value in content["nnssl_ext"]["plans"].items() if key not in PRIVATE}
+    shared = {key: content[key] for key in ("network_weights", "nnssl_adaptation_plan", "citations")}
+    return {**shared, "nnssl_ext": {**content["nnssl_ext"], "plans": plans}}
 
 
 def _claim(folder: Path) -> None:

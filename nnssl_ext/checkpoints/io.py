@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from nnssl_ext.checkpoints.schema import PLAIN
 from nnssl_ext.checkpoints.source import checkpoint_file
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import atomic_write
+
+OURS = "use a checkpoint of nnssl-ext, nnssl or nnU-Net"
 
 
 def save_checkpoint(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
@@ -48,16 +51,15 @@ def load_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
     path = checkpoint_file(source)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
+    if zipfile.is_zipfile(path) and (damaged := _damaged(path)):
+        raise NnsslError(f"{path} is damaged: {damaged} in it differs from its checksum", "copy or train it again")
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"the Python object {named[1]}" if named else "something else than tensors and plain values"
-        raise NnsslError(
-            f"{path} holds {what}; it was refused and nothing in it was executed",
-            "use a checkpoint of nnssl-ext, nnssl or nnU-Net; save others as torch.save({'network_weights': state_dict})",
-        ) from error
+        what = f"{path} holds the Python object {named[1]}" if named else f"{path} is no checkpoint"
+        raise NnsslError(f"{what}; it was refused and nothing in it was executed", OURS) from error
     except (RuntimeError, EOFError, LookupError, ValueError, AttributeError) as error:
         if "memory" in str(error):
             raise
@@ -65,10 +67,17 @@ def load_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is truncated or damaged, or no checkpoint at all: {error}", "copy or train it again"
         ) from error
     if not isinstance(content, dict):
-        raise NnsslError(
-            f"{path} holds a {type(content).__name__}, not a dict", "use a checkpoint of nnssl-ext, nnssl or nnU-Net"
-        )
+        raise NnsslError(f"{path} holds a {type(content).__name__}, not a dict", OURS)
     return content
+
+
+def _damaged(path: str | os.PathLike[str]) -> str | None:
+    """The first part of the file that differs from its checksum, which torch does not compare."""
+    with zipfile.ZipFile(path) as archive:
+        try:
+            return archive.testzip()
+        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+            return str(error)
 
 
 def _plain(value: Any, key: str, seen: dict[tuple[Any, ...], Tensor]) -> Any:

@@ -35,7 +35,7 @@ PER_STAGE = ("features_per_stage", "n_blocks_per_stage", "n_conv_per_stage", "st
 
 SAME_SWIN = {"feature_size": None, "depths": None, "num_heads": None, "window_size": None}
 
-REMEDY = "leave -p away to plan the target with the checkpoint's own architecture, or plan it with the planner of the checkpoint"
+REMEDY = "plan the data set with the planner of the checkpoint; nnssl_adapt without -p plans it with the checkpoint's own architecture"
 
 
 def reconcile(

@@ -12,7 +12,7 @@ from nnssl_ext.checkpoints.pretrained import Pretrained
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.paths import dataset_id, dataset_name, folder
 
-CONFIGURATION = "3d_fullres"
+CONFIGURATION, CT = "3d_fullres", "CTNormalization"
 
 
 def derive_plans(
@@ -28,7 +28,8 @@ def derive_plans(
         patch_size: voxels z, y, x instead of the recommendation; positions are then interpolated.
 
     Raises:
-        NnsslError: no fingerprint, 2D data, a patch that the network cannot take, or channels whose normalisation is unknown.
+        NnsslError: no fingerprint, 2D data, a patch that the network cannot take, channels whose normalisation is unknown, or
+            Hounsfield units that the checkpoint expects of a channel that is no CT.
     """
     name = dataset_name(dataset, "nnUNet_raw")
     fingerprint = folder("nnUNet_preprocessed") / name / "dataset_fingerprint.json"
@@ -51,7 +52,7 @@ def derive_plans(
         raise NnsslError(f"{name} is 2D", "pretrained networks here are 3D; use 3D data")
     patch = [int(p) for p in patch_size or source.patch_size]
     architecture = fit_patch(source.architecture, patch, source.origin)
-    masks = planner.determine_normalization_scheme_and_whether_mask_is_used_for_norm()[1]
+    own, masks = planner.determine_normalization_scheme_and_whether_mask_is_used_for_norm()
     configuration = {
         "data_identifier": f"{plans_name}_{CONFIGURATION}",
         "preprocessor_name": "DefaultPreprocessor",
@@ -59,7 +60,7 @@ def derive_plans(
         "patch_size": patch,
         "median_image_size_in_voxels": median_shape.tolist(),
         "spacing": spacing.tolist(),
-        "normalization_schemes": _normalisation(source, len(masks), name),
+        "normalization_schemes": _normalisation(source, own, name),
         "use_mask_for_norm": [bool(m) for m in masks],
         **_resampling(planner),
         "architecture": architecture,
@@ -87,7 +88,7 @@ def fit_patch(architecture: dict[str, Any], patch: Sequence[int], origin: str) -
     """The architecture for inputs of `patch` voxels.
 
     Raises:
-        NnsslError: the network's tokens or strides do not divide the patch.
+        NnsslError: the network's tokens or strides do not divide the patch, or leave one place of it.
     """
     kwargs = architecture["arch_kwargs"]
     divisor = token_size(kwargs)
@@ -97,6 +98,12 @@ def fit_patch(architecture: dict[str, Any], patch: Sequence[int], origin: str) -
             f"give --patch_size with multiples of {'x'.join(map(str, divisor))}",
         )
     if "input_shape" not in kwargs:
+        if tuple(patch) == tuple(divisor):
+            raise NnsslError(
+                f"a patch of {'x'.join(map(str, patch))} voxels is a single place of the deepest feature map of {origin}, which cannot "
+                "be normalised",
+                f"give --patch_size with an edge of at least twice that of {'x'.join(map(str, divisor))}",
+            )
         return architecture
     return {**architecture, "arch_kwargs": {**kwargs, "input_shape": list(patch)}}
 
@@ -121,17 +128,30 @@ def _block(source: Pretrained, architecture: dict[str, Any], fixed_patch: bool) 
     }
 
 
-def _normalisation(source: Pretrained, channels: int, dataset: str) -> list[str]:
-    """The checkpoint's scheme per channel; one scheme for all serves any number of channels."""
-    schemes = source.normalization_schemes
-    if len(schemes) == channels:
-        return list(schemes)
-    if len(set(schemes)) == 1:
-        return [schemes[0]] * channels
-    raise NnsslError(
-        f"{source.origin} normalises its channels differently ({', '.join(schemes)}), and {dataset} has {channels}",
-        "plan the target with the checkpoint's planner and give these plans with -p",
-    )
+def _normalisation(source: Pretrained, own: Sequence[str], dataset: str) -> list[str]:
+    """The checkpoint's scheme per channel; one scheme for all serves any number of channels.
+
+    Args:
+        own: nnU-Net's schemes for the channels of the data set, by their names.
+    """
+    found = list(source.normalization_schemes)
+    if len(found) != len(own):
+        if len(set(found)) > 1:
+            raise NnsslError(
+                f"{source.origin} normalises its channels differently ({', '.join(found)}), and {dataset} has {len(own)}",
+                "plan the target with the checkpoint's planner and give these plans with -p",
+            )
+        found = found[:1] * len(own)
+    for channel, (scheme, usual) in enumerate(zip(found, own, strict=True)):
+        if (
+            scheme == CT and usual != CT
+        ):  # would clip and scale by pooled intensities that mean something else in every scan
+            raise NnsslError(
+                f"{source.origin} was pretrained on CT in Hounsfield units, and channel {channel} of {dataset} is not called CT",
+                "if it is one, call it CT in dataset.json and extract the fingerprint again; else plan with the checkpoint's planner, "
+                "which normalises by scan, and give these plans with -p",
+            )
+    return found
 
 
 def _resampling(planner: Any) -> dict[str, Any]:

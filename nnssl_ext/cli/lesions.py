@@ -41,8 +41,9 @@ def _main() -> int:
     from tqdm import tqdm
 
     from nnssl_ext.reports.lesions import Detection, detect, summarise_detection
+    from nnssl_ext.reports.statistics import finite
 
-    files = sorted(path for path in args.predictions.glob(f"*{args.ending}"))
+    files = sorted(args.predictions.glob(f"[!.]*{args.ending}"))
     if not files:
         raise NnsslError(f"no *{args.ending} in {args.predictions}", "check the folder, or give --ending")
     cases: dict[str, Detection] = {}
@@ -60,19 +61,30 @@ def _main() -> int:
     listed: dict[str, Any] = {}
     for name, case in cases.items():
         lesions = [{"volume_mm3": lesion.volume, "centre_mm_zyx": lesion.centre} for lesion in case.predicted]
-        listed[name] = {**asdict(case), "found": case.found} if args.truth else lesions
+        listed[name] = {**asdict(case), "dice": finite(case.dice), "found": case.found} if args.truth else lesions
         if not args.truth:
             out.print(
                 f"{name}: {len(lesions)} lesion(s), {sum(x.volume for x in case.predicted):.0f} mm^3", markup=False
             )
     figures = summarise_detection(list(cases.values())) if args.truth else {}
+    left_out = sorted(_names(args.truth, args.ending) - cases.keys()) if args.truth else []
+    if left_out:
+        few = ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5)
+        out.print(
+            f"note: {len(left_out)} label map(s) of {args.truth} have no prediction and do not count: {few}",
+            markup=False,
+        )
     for key, value in figures.items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         out.print(f"{key.replace('_', ' ')}: {'-' if value is None else shown}", markup=False)
     if args.o:
         asked = {"labels": args.l, "min_volume_mm3": args.min_volume, "iou": args.iou}
-        write_json(args.o, {"settings": asked, **figures, "per_case": listed})
+        write_json(args.o, {"settings": asked, **figures, "without_prediction": left_out, "per_case": listed})
     return 0
+
+
+def _names(folder: Path, ending: str) -> set[str]:
+    return {path.name.removesuffix(ending) for path in folder.glob(f"[!.]*{ending}")}
 
 
 def _read(path: Path, labels: list[int]) -> tuple[Any, tuple[float, float, float], tuple[Any, ...]]:
@@ -86,6 +98,8 @@ def _read(path: Path, labels: list[int]) -> tuple[Any, tuple[float, float, float
         image = sitk.ReadImage(str(path))
     except RuntimeError as error:
         raise NnsslError(f"cannot read {path}: {error}", "restore the file") from error
+    if image.GetDimension() != 3:
+        raise NnsslError(f"{path} has {image.GetDimension()} dimensions", "give label maps of volumes")
     z, y, x = image.GetSpacing()[::-1]
     place = (*image.GetSpacing(), *image.GetOrigin(), *image.GetDirection())
     return np.isin(sitk.GetArrayFromImage(image), labels), (z, y, x), (image.GetSize(), *np.round(place, 3).tolist())

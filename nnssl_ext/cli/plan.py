@@ -98,8 +98,11 @@ def _planner(args: argparse.Namespace) -> PretrainingPlanner:
     module, name = planners[args.pl].split(":")
     cls = getattr(importlib.import_module(module), name)
 
+    from nnssl_ext.checkpoints.adapt import check_name
     from nnssl_ext.planners.overrides import Overrides
 
+    if args.overwrite_plans_name is not None:
+        check_name(args.overwrite_plans_name, "-overwrite_plans_name")
     overrides = Overrides(_size(args.token_size), _size(args.patch_size), args.batch_size, _window(args.window))
     planner: PretrainingPlanner = cls(
         dataset,

@@ -13,7 +13,7 @@ from nnssl_ext.contracts import PretrainPlan
 from nnssl_ext.engine.settings import RunSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
-from nnssl_ext.monitors.probe import is_labelled
+from nnssl_ext.monitors.probe import LABEL_FREE, is_labelled
 from nnssl_ext.paths import folder
 from nnssl_ext.plans import configuration_of, preprocessed_folder, pretrain_plan, read_plans
 from nnssl_ext.records import Case
@@ -163,7 +163,7 @@ def prepare(job: Job, resume: bool, world_size: int) -> bool:
 def _refuse_unknown_labels(labels: tuple[int, ...], content: dict[str, Any], dataset: str) -> None:
     if not is_labelled(content):
         raise NnsslError(
-            f"{dataset} has no labels to learn from: a foreground mask made without labels does not count",
+            f"{dataset} has no labels to learn from: {LABEL_FREE}",
             "leave --labels out",
         )
     known: dict[int, list[str]] = {}
@@ -180,11 +180,11 @@ def _read_of_plans(job: Job, file: Path | None = None) -> dict[str, Any]:
     """What pretraining reads of the job's plans, or of this file."""
     plans = job.plans if file is None else read_json(file)
     found = configuration_of(plans, job.plan.configuration)
-    data = ("data_identifier", "spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
+    data = ("data_identifier", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
     sizes = ("global_crop", "local_crop", "token_size")
     return {
         **{name: found.get(name) for name in data},
-        **{name: found["nnssl"].get(name) for name in sizes},
+        **{name: found.get("nnssl", {}).get(name) for name in sizes},
         "intensities": plans.get("foreground_intensity_properties_per_channel"),
     }
 

@@ -180,6 +180,10 @@ def dice(answer: Int[Tensor, " M"], truth: Int[Tensor, " M"]) -> float:
     return sum(scores) / len(scores) if scores else float("nan")
 
 
+LABEL_FREE = "a foreground mask made without labels does not count"
+RENAME = "take a labelled data set; where 'foreground' is a label of yours, give it another name in dataset.json"
+
+
 def is_labelled(dataset_json: dict[str, Any]) -> bool:
     """Whether a dataset has labels beyond the label-free foreground that `nnssl_convert` writes for image-only data."""
     return set(dataset_json.get("labels", {})) - {"background", "ignore"} not in (set(), {"foreground"})

@@ -12,7 +12,7 @@ import numpy as np
 from nnssl_ext.data.cases import list_cases
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json
-from nnssl_ext.monitors.probe import is_labelled
+from nnssl_ext.monitors.probe import LABEL_FREE, RENAME, is_labelled
 from nnssl_ext.paths import dataset_id
 from nnssl_ext.plans import configuration_of, preprocessed_folder, read_plans
 from nnssl_ext.records import Case
@@ -82,8 +82,8 @@ def read_labels(dataset: str, plans: dict[str, Any]) -> Labels:
     if not is_labelled(content):
         told = ", ".join(map(str, content.get("labels", {}))) or "none"
         raise NnsslError(
-            f"{dataset} has no labels to tell apart (dataset.json lists: {told})",
-            "probe on a labelled data set; a foreground mask made without labels does not count",
+            f"{dataset} has no labels to tell apart (dataset.json lists: {told}): {LABEL_FREE}",
+            RENAME,
         )
     manager: Any = PlansManager(plans).get_label_manager(content)
     names = {_value(value): name for name, value in content["labels"].items()}

@@ -12,10 +12,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from nnssl_ext.errors import NnsslError, unknown_name
+from nnssl_ext.plans import FINETUNING as BLOCK
 from nnssl_ext.plans import configuration_of
-
-BLOCK = "nnssl_finetuning"
-"""Where the settings live in a plans file: ``plans[BLOCK]``; any subset of the fields, the rest are the defaults."""
 
 Backbone = Literal["primus", "unet", "swin"]
 
@@ -182,8 +180,14 @@ def read_settings(plans: dict[str, Any], configuration: str) -> FinetuneSettings
         if name not in known:
             raise unknown_name(f"fine-tuning setting (plans block {BLOCK})", name, known)
         block[name] = _typed(name, value, annotations[name])
-    settings = replace(default_settings(backbone_of(plans, configuration), preset), **block)
+    backbone = backbone_of(plans, configuration)
+    settings = replace(default_settings(backbone, preset), **block)
     _check(settings)
+    if settings.layer_decay != 1 and backbone != "primus":
+        raise NnsslError(
+            f"fine-tuning setting layer_decay is {settings.layer_decay}",
+            f"only a Primus has blocks; set it to 1 (plans block {BLOCK})",
+        )
     return settings
 
 
