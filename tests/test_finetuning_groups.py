@@ -5,10 +5,12 @@ from typing import cast
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+from network_plans import swin_plans
 from torch import nn
 
 from nnssl_ext.contracts import Backbone
 from nnssl_ext.errors import NnsslError
+from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.networks.layers import layer_decay_rules
 from nnssl_ext.networks.primus import SegmentationPrimus
 from nnssl_ext.networks.primus_backbone import PrimusBackbone
@@ -45,11 +47,19 @@ def test_every_parameter_is_in_exactly_one_group(build) -> None:
     assert set(grouped) == {id(p) for p in network.parameters()}
 
 
-@pytest.mark.parametrize(("build", "wrap"), [(primus, PrimusBackbone), (resenc, ResEncBackbone)])
-def test_halves_are_those_the_backbones_declare(build, wrap) -> None:
-    network = build()
-    backbone = wrap(network)
-    for name in network.state_dict():  # aliases such as decoder.encoder.* included
+def swin() -> Backbone:
+    pytest.importorskip("monai", reason="Swin UNETR needs MONAI (extra: swin)")
+    return build_backbone(swin_plans(), "3d_fullres", 1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [lambda: PrimusBackbone(primus()), lambda: ResEncBackbone(resenc()), swin],
+    ids=["primus", "resenc", "swin"],
+)
+def test_halves_are_those_the_backbones_declare(build) -> None:
+    backbone = build()
+    for name in backbone.network.state_dict():  # aliases such as decoder.encoder.* included
         if ".seg_layers." in name:
             assert half_of(name) == "head"
         else:
@@ -120,3 +130,12 @@ def test_rates_reach_the_groups_with_layer_decay_only_once_pretrained() -> None:
     names = ("eva.pos_embed", "eva.blocks.1.norm1.weight", "eva.norm.weight", "decoder.seg_layers.0.weight")
     assert [found[name]["lr"] for name in names] == [1.0, 4.0, 8.0, 1.0]
     assert not any(group["frozen"] for group in found.values())
+
+
+def test_epochs_are_counted_in_iterations() -> None:
+    """Epoch 1 of 4 begins with iteration 10 of 40."""
+    settings = FinetuneSettings(epochs=4, iterations_per_epoch=10, warmup_share=0.0, lr_scratch=3.0)
+    optimizer = torch.optim.SGD(parameter_groups(resenc(), settings), lr=0.0)
+    IterationSchedule(optimizer, settings).step(1)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([3 * 0.75**0.9] * len(rates))

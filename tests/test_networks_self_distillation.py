@@ -13,7 +13,7 @@ from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.networks.dino_head import DINOHead, HeadSettings
 from nnssl_ext.networks.layers import layer_decay_rules, set_stochastic_depth
-from nnssl_ext.networks.student_teacher import TeacherSettings
+from nnssl_ext.networks.student_teacher import TeacherSettings, dense_level
 from nnssl_ext.networks.teacher import EMATeacher, weight_distance
 
 SMALL = HeadSettings(prototypes=40, hidden=32, bottleneck=16)
@@ -220,6 +220,11 @@ def test_row_22_stochastic_depth_is_the_same_in_every_block_and_off_in_the_teach
     backbone.train()
     first, second = (backbone.forward_features(x).summary for _ in range(2))
     assert not torch.equal(first, second)
+
+
+def test_places_are_those_of_the_coarsest_map_of_at_most_8_voxels_each():
+    assert dense_level(backbone_of("ResEncTiny")) == 2  # strides 1, 2, 4
+    assert dense_level(backbone_of("ResEncTiny", strides=[[1, 1, 1], [2, 2, 2], [8, 8, 8]])) == 1  # 1, 2, 16
 
 
 def test_stochastic_depth_is_refused_without_blocks():

@@ -37,12 +37,18 @@ def test_order_of_the_visible_tokens_does_not_matter() -> None:
     )
 
 
-def test_only_relative_positions_matter() -> None:
-    """The blocks of the decoder, on one piece of content at three places of the grid."""
-    decoder = TokenDecoder(5, 12, depth=2, num_heads=2, out_dim=7).eval()
+def stirred(depth: int, num_heads: int) -> TokenDecoder:
+    """A decoder whose blocks do something: fresh ones are near the identity."""
+    decoder = TokenDecoder(5, 12, depth=depth, num_heads=num_heads, out_dim=7).eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+    return decoder
+
+
+def test_only_relative_positions_matter() -> None:
+    """The blocks of the decoder, on one piece of content at three places of the grid."""
+    decoder = stirred(depth=2, num_heads=2)
     content = torch.randn(1, 12, 12)
     rows = rotary_positions(GRID, decoder.head_dim, content.device)
     flat = torch.arange(24).reshape(GRID)
@@ -53,6 +59,16 @@ def test_only_relative_positions_matter() -> None:
     torch.testing.assert_close(here, down, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(here, right, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(here, turned, atol=1e-3)
+
+
+def test_axes_of_the_grid_keep_their_order() -> None:
+    """The same tokens at the same places of a larger grid, all of them visible."""
+    decoder, visible = stirred(depth=1, num_heads=1), torch.randn(1, 24, 5)
+    rows = rotary_positions((3, 4, 5), decoder.head_dim, visible.device)
+    piece = torch.arange(60).reshape(3, 4, 5)[..., :2].reshape(1, -1)
+    expected = decoder.project_out(run_blocks(decoder.eva, decoder.project_in(visible), rows, piece))
+    found = decoder(visible, torch.arange(24)[None], GRID)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_it_learns_to_tell_places_apart() -> None:

@@ -24,11 +24,11 @@ def literal_sinkhorn(logits: np.ndarray, temperature: float, iterations: int) ->
     return (q * samples).T
 
 
-@pytest.mark.parametrize("iterations", [1, 3, 10])
-def test_sinkhorn_is_swavs_listing(iterations):
+@pytest.mark.parametrize(("given", "iterations"), [((1,), 1), ((), 3), ((10,), 10)])  # 3 unless said otherwise
+def test_sinkhorn_is_swavs_listing(given, iterations):
     logits = torch.randn(13, 7, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
     expected = torch.from_numpy(literal_sinkhorn(logits.numpy(), 0.04, iterations))
-    found = sinkhorn_knopp(logits, 0.04, iterations)
+    found = sinkhorn_knopp(logits, 0.04, *given)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.sum(1), torch.ones(13))
 

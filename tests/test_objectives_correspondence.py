@@ -37,6 +37,12 @@ def test_contrast_equals_a_plain_loop_over_queries():
     assert place_contrast(queries, keys, ends, torch.zeros_like(valid), 0.3).item() == 0
 
 
+def test_places_near_along_every_axis_are_no_negatives():
+    """0.8 cells apart along two axes: 1.13 cells apart, but near."""
+    ends, same = torch.tensor([[0.0, 0, 0], [0.8, 0.8, 0]]), torch.ones(2, 5)
+    assert place_contrast(same, same, ends, torch.ones(2, dtype=torch.bool), 0.1, exclusion=1.0).item() == 0
+
+
 def test_displacement_error_is_the_mean_distance_where_it_counts():
     true = torch.zeros(3, 2, 2, 2)
     found = true.clone()

@@ -86,6 +86,17 @@ def test_the_true_voxels_as_prediction_score_zero(backbone, normalise, tmp_path,
     assert float(step.terms["zero_predictor"]) > 0.5
 
 
+@pytest.mark.parametrize(("backbone", "variant"), ALL)
+def test_the_loss_is_the_mean_power_of_errors_at_hidden_voxels(backbone, variant, tmp_path):
+    """Squares for MAE, absolute values for SimMIM."""
+    method = method_of(backbone, variant=variant, normalise_targets=False).eval()
+    view = view_of(method, tmp_path)
+    prediction, _ = method.reconstruct(view.voxels, view.mask)
+    errors = (prediction - view.voxels)[hidden_voxels(view)]
+    expected = errors.abs().mean() if variant == "simmim" else errors.square().mean()
+    torch.testing.assert_close(method((view,)).loss, expected)
+
+
 def test_zero_prediction_of_normalised_tokens_scores_n_minus_1_over_n(tmp_path):
     method = method_of("PrimusTiny", normalise_targets=True)
     step = method((view_of(method, tmp_path),))

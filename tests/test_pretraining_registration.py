@@ -50,10 +50,34 @@ def test_the_trained_parts_are_the_ones_that_get_a_gradient(cases, backbone, set
     step.loss.backward()
     for name, parameter in method.backbone.network.named_parameters():
         assert name.startswith(method.pretrained_prefixes) == (parameter.grad is not None), name
-    torch.testing.assert_close(step.loss, sum(step.parts.values()))
     assert set(step.parts) == {"error", "contrast", *(["overlap", "segmentation"] if "labels" in settings else [])}
     assert {f"cross_{name}" for name in step.parts if name != "segmentation"} <= step.terms.keys()
     assert not any(tensor.requires_grad for tensor in (*step.terms.values(), *step.watch.values()))
+
+
+def test_the_loss_weighs_its_terms_as_it_was_told(cases):
+    """The displacement error counts in cells of the layer, of 4 mm here; different cases count a quarter."""
+    method = method_of(labels=(1,), contrast=0.5, overlap=2.0, cross=0.25, segmentation=7.0)
+    step = method(views_of(cases, method.view_policy))
+    assert method.settings.layer.cell == 4
+    expected = {"segmentation": 7 * step.terms["segmentation"]}
+    for name, weight in {"error": 1 / 4, "contrast": 0.5, "overlap": 2.0}.items():
+        expected[name] = weight * (step.terms[name] + 0.25 * step.terms[f"cross_{name}"])
+    assert step.parts.keys() == expected.keys()
+    for name, part in step.parts.items():
+        torch.testing.assert_close(part.detach(), expected[name])
+    torch.testing.assert_close(step.loss.detach(), sum(expected.values()))
+
+
+def test_cases_are_registered_by_features_mind_and_labels_as_the_settings_weigh_them(cases, monkeypatch):
+    method = method_of(labels=(1,), guide=0.25)
+    asked, real = [], registration.find_correspondence
+    monkeypatch.setattr(registration, "find_correspondence", lambda *a: asked.append((a[1], a[4])) or real(*a))
+    method(views_of(cases, method.view_policy))
+    assert asked
+    for weights, solver in asked:
+        assert list(weights) == [0.75, 0.25, 1.0]  # features, MIND, labels
+        assert (solver.coarse_mm, solver.fine_mm) == (4, 2)  # cells of the layer, then of two voxels
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

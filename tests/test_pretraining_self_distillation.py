@@ -14,6 +14,8 @@ from nnssl_ext.contracts import Method, Progress
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_backbone
 from nnssl_ext.networks.student_teacher import TeacherSettings, dense_level
+from nnssl_ext.objectives.dino import dino_loss
+from nnssl_ext.objectives.ibot import ibot_loss
 from nnssl_ext.plans import pretrain_plan
 from nnssl_ext.trainers.pretraining.dino3d import DINO3DSettings, DINO3DTrainer
 from nnssl_ext.trainers.pretraining.ibot import IBOTSettings, IBOTTrainer
@@ -127,7 +129,7 @@ def test_hidden_places_are_matched_with_the_teachers_same_places(backbone, monke
 
 
 def test_row_10_koleo_spreads_the_backbones_features_of_global_crops(monkeypatch, tmp_path):
-    method = method_of(koleo_weight=0.1)
+    method = method_of(ibot_weight=0.5, koleo_weight=0.25)
     views = views_of(method, tmp_path, batch=4)
     passes = method.passes(views)
     found = record_calls(monkeypatch, method_module(), "koleo_loss")
@@ -135,9 +137,31 @@ def test_row_10_koleo_spreads_the_backbones_features_of_global_crops(monkeypatch
     ((features,),) = found
     assert features.shape == (2, 4, 24) == passes.summaries.shape
     assert features.requires_grad
-    total = step.terms["dino"] + step.terms["ibot"] + 0.1 * step.terms["koleo"]
+    total = step.terms["dino"] + 0.5 * step.terms["ibot"] + 0.25 * step.terms["koleo"]
     torch.testing.assert_close(step.loss.detach(), total)
-    torch.testing.assert_close(sum(step.parts.values()), step.loss)
+
+
+def test_ibot_centres_crops_and_tokens_by_themselves_and_weighs_both_terms_alike(monkeypatch, tmp_path):
+    """Zhou et al., Sec. 3.2. Student and teacher have temperatures of their own."""
+    method = method_of(
+        IBOTTrainer,
+        student_temperature=0.2,
+        teacher=TeacherSettings(temperature=(0.05, 0.05), centring="centre", patch_centring="centre"),
+    ).eval()
+    views, ramp = views_of(method, tmp_path), torch.linspace(-1, 1, 64)
+    method.before_step(Progress(0, 10))
+    with torch.no_grad():
+        method.crop_targets.centre += ramp
+        method.token_targets.centre -= ramp
+    passes = method.passes(views)
+    monkeypatch.setattr(method, "passes", lambda _: passes)
+    step, hidden = method(views), passes.hidden
+    dino = dino_loss(passes.student, ((passes.teacher - ramp) / 0.05).softmax(-1), 0.2)
+    tokens = ((hidden.teacher + ramp) / 0.05).softmax(-1)
+    ibot = ibot_loss(hidden.student, tokens, hidden.weights, 4, 0.2)  # of 2 cases 2 global crops each
+    torch.testing.assert_close(step.terms["dino"], dino.detach())
+    torch.testing.assert_close(step.terms["ibot"], ibot.detach())
+    torch.testing.assert_close(step.loss, dino + ibot)
 
 
 def method_module():

@@ -19,17 +19,18 @@ from nnssl_ext.trainers.pretraining.dino3d import DINO3DSettings
 
 def test_row_3_the_teacher_moves_once_per_optimiser_step_after_it(monkeypatch, tmp_path):
     recipe = DINO3DSettings().optim
-    teacher = replace(method_of().settings.teacher, momentum=(0.996, 1.0))
-    method = method_of(optim=replace(recipe, accumulate=3, lr=0.01, warmup=0.0), freeze_last_layer=0, teacher=teacher)
+    teacher = replace(method_of().settings.teacher, momentum=(0.5, 1.0))
+    method = method_of(optim=replace(recipe, accumulate=3, lr=0.2, warmup=0.0), freeze_last_layer=0, teacher=teacher)
     parts, state = parts_of(method, steps=4), TrainState()
     weight, copy = (p["backbone"].network.eva.norm.weight for p in (method.student(), method.teacher.parts))
     moves = record_calls(monkeypatch, method.teacher, "move")
-    expected = weight.detach().clone()
+    start, expected = weight.detach().clone(), weight.detach().clone()
     for step in range(4):
         assert optimizer_step(parts, [batch_of(method, tmp_path, seed=3 * step + n) for n in range(3)], state)
-        momentum = 1 - 0.004 * 0.5 * (1 + math.cos(math.pi * step / 4))
+        momentum = 1 - 0.5 * 0.5 * (1 + math.cos(math.pi * step / 4))
         expected = momentum * expected + (1 - momentum) * weight.detach()
         torch.testing.assert_close(copy, expected)
+        assert float((copy - start).abs().max()) > 1e-3  # far more than the comparison allows for
     assert len(moves) == 4
     assert float((weight - copy).detach().norm()) > 0
 

@@ -84,15 +84,23 @@ class Pooling(nn.Module):
         return Features((level,), ((2, 2, 2),), level.mean((2, 3, 4)))
 
 
-def test_the_dense_loss_follows_flips_and_shifts_of_the_views():
+@pytest.mark.parametrize(
+    ("lower", "flips"),
+    [
+        ((6, 4, 2), (True, False, True)),
+        ((4, 4, 2), (False, False, True)),  # shifted along z, which is not flipped: the way back is not the way there
+    ],
+)
+def test_the_dense_loss_follows_flips_and_shifts_of_the_views(lower, flips):
     method = method_of(dense=0.5, predictor=False)
     method.backbone = Pooling()
     # projections without batch statistics, which differ between the views
     method.heads.projector = method.dense_heads.projector = nn.Identity()
     case = torch.randn(3, 1, 16, 16, 16)
     first = view_of(case[:, :, 2:10, 4:12, 0:8], view_to_case(SIZE, (5.5, 7.5, 3.5)))
-    flipped = case[:, :, 6:14, 4:12, 2:10].flip(2, 4)
-    second = view_of(flipped, view_to_case(SIZE, (9.5, 7.5, 5.5), flips=(True, False, True)))
+    z, y, x = (slice(start, start + 8) for start in lower)
+    flipped = case[:, :, z, y, x].flip([axis for axis, flip in enumerate(flips, start=2) if flip])
+    second = view_of(flipped, view_to_case(SIZE, [start + 3.5 for start in lower], flips=flips))
     assert method((first, second)).terms["dense"].item() == pytest.approx(-1, abs=1e-4)
     wrong = replace(second, affine=first.affine)
     assert method((first, wrong)).terms["dense"].item() > -0.95

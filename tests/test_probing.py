@@ -204,6 +204,15 @@ class TestScores:
         outside = distance_transform_edt(truth != 1)
         assert found["a"]["hd95_mm"] <= outside[answer == 1].max()
 
+    def test_what_is_answered_in_ignored_voxels_changes_nothing(self):
+        truth, answer = self.volumes()
+        truth[:, :, 8:] = 4  # ignored: six columns or more from the first box
+        labels = Labels(4, {"a": 1, "b": 2, "c": 3}, 4)
+        expected = score(truth, answer, labels, (1.0, 1.0, 1.0))
+        assert expected["a"]["hd95_mm"] == pytest.approx(1.0)  # moved by a slice
+        answer[:, :, 8:] = 1
+        assert score(truth, answer, labels, (1.0, 1.0, 1.0)) == expected
+
 
 class TestWhatPretrainingSaw:
     def checkpoint(self, folder, cases, **run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from nnssl_ext.monitors import probe as online
 from nnssl_ext.monitors.probe import class_weights, nearest
+from nnssl_ext.probing import heads
 from nnssl_ext.probing.heads import LinearHead, NonlinearHead, project, soft_dice, teach_linear, teach_nonlinear
 from nnssl_ext.probing.run import _everywhere, query_stride
 from nnssl_ext.probing.settings import ProbeSettings
@@ -133,6 +135,35 @@ class TestTeaching:
         assert (linear(asked).argmax(dim=1) == truth).float().mean() < 0.65
         again = teach_nonlinear(rows, labels, even, even, settings, seed=1)
         assert torch.equal(again(asked), head(asked))
+
+    def test_the_non_linear_head_minds_importance_in_one_loss_and_numbers_in_the_other(self, monkeypatch):
+        """And its rate falls along half of a cosine."""
+        weights, counts, rates = [], [], []
+        cross_entropy, dice, step = functional.cross_entropy, heads.soft_dice, torch.optim.Adam.step
+
+        def seen_cross_entropy(*arguments, weight=None):
+            weights.append(weight)
+            return cross_entropy(*arguments, weight=weight)
+
+        monkeypatch.setattr(functional, "cross_entropy", seen_cross_entropy)
+        monkeypatch.setattr(heads, "soft_dice", lambda *a: counts.append(a[2]) or dice(*a))
+        monkeypatch.setattr(
+            torch.optim.Adam, "step", lambda adam: rates.append(adam.param_groups[0]["lr"]) or step(adam)
+        )
+        importance, represents = torch.tensor([0.5, 2.0]), torch.tensor([30.0, 1.0])
+        settings = ProbeSettings(iterations=4, batch_size=8, width=4, lr=0.1)
+        teach_nonlinear([noise(20, 3)], torch.arange(20) % 2, importance, represents, settings, 0)
+        assert len(weights) == len(counts) == 4
+        assert all(torch.equal(weight, importance) for weight in weights)
+        assert all(torch.equal(count, represents) for count in counts)
+        assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+
+    def test_dice_makes_the_non_linear_head_prefer_the_foreground(self):
+        """Of voxels that all look alike, half of each class, cross-entropy alone would call one half either class."""
+        rows, labels, even = [torch.zeros(400, 1)], torch.arange(400) % 2, torch.ones(2)
+        settings = ProbeSettings(iterations=200, batch_size=200, width=4, lr=0.01)
+        head = teach_nonlinear(rows, labels, even, even, settings, 0)
+        assert head([torch.zeros(1, 1)]).softmax(1)[0, 1] > 0.53
 
     def test_soft_dice_by_hand(self):
         """Two classes; each background voxel stands for 3, each foreground voxel for 1."""

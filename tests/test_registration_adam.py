@@ -1,12 +1,15 @@
 """Instance optimisation: the data term's gradient against grid_sample's, units in mm, and what does not count."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from nnssl_ext.registration import adam
-from nnssl_ext.registration.adam import FeatureCost, optimise
+from nnssl_ext.registration.adam import FeatureCost, _roughness, optimise
 from nnssl_ext.registration.convex import package_stretch
+from nnssl_ext.registration.separable import apply_kernels, smoothing_kernels
 from nnssl_ext.registration.warp import sampling_grid, warp
 
 SHAPE = (7, 8, 6)
@@ -84,18 +87,41 @@ def test_a_shift_smaller_than_a_cell_is_found():
 
 
 def test_regularisation_means_the_same_on_cells_of_other_sizes():
-    """A warp along y of varying strength, on cubes of 1 mm and on slices of 2 mm: the same field in mm."""
+    """A warp along y whose strength varies along y and z, on cubes of 1 mm and on slices of 2 mm: the same field in mm."""
     fields = []
     for cell_mm, shape in (((1.0, 1.0, 1.0), (16, 20, 16)), ((2.0, 1.0, 1.0), (8, 20, 16))):
         fixed = wave(shape, cell_mm=cell_mm)
-        strength = torch.sin(torch.arange(20) / 20 * 3.14).view(1, 20, 1).expand(shape)
-        bend = torch.stack((torch.zeros(shape), 1.5 * strength, torch.zeros(shape)))
-        found = optimise(fixed, warp(fixed, bend), torch.zeros(3, *shape), 1.0, cell_mm=cell_mm)
+        down = torch.sin(cell_mm[0] * (torch.arange(shape[0]) + 0.5) / 16 * math.pi).view(-1, 1, 1)
+        across = torch.sin(torch.arange(20) / 20 * math.pi).view(1, 20, 1)
+        bend = torch.stack((torch.zeros(shape), 1.5 * (down * across).expand(shape), torch.zeros(shape)))
+        found = optimise(fixed, warp(fixed, bend), torch.zeros(3, *shape), 10.0, cell_mm=cell_mm)
         fields.append(found * torch.tensor(cell_mm).view(3, 1, 1, 1))
     cubes = F.avg_pool3d(fields[0], (2, 1, 1))
-    inner = (slice(None), slice(2, -2), slice(3, -3), slice(3, -3))
-    assert cubes[inner][1].abs().mean() > 0.7
-    assert (cubes - fields[1])[inner].abs().mean() < 0.1
+    inner = (slice(None), slice(1, -1), slice(3, -3), slice(3, -3))
+    assert cubes[inner][1].abs().mean() > 0.5
+    assert (cubes - fields[1])[inner].abs().mean() < 0.01
+
+
+def test_derivatives_are_per_mm():
+    """A ramp of one edge per cell along an axis whose cells are two edges long: 1/2, in one of three components."""
+    ramp = torch.zeros(3, 5, 4, 4)
+    ramp[1] = torch.arange(5.0).view(-1, 1, 1)
+    assert _roughness(ramp, [0.5, 1.0, 1.0]).item() == pytest.approx(0.25 / 3)
+
+
+def test_a_step_is_as_long_in_mm_along_every_axis():
+    """The field after one step of Adam, which is the learning rate long: 0.1 of the smallest edge, of 1 mm."""
+    shape, mm = (12, 16, 16), (2.0, 1.0, 1.0)
+    fixed, moving = wave(shape, cell_mm=mm), wave(shape, 4.0, cell_mm=mm)
+    found = optimise(fixed, moving, torch.zeros(3, *shape), 0.0, iterations=2, learning_rate=0.1, cell_mm=mm)
+    assert found[0].abs().max().item() == pytest.approx(0.05, rel=0.01)  # cells of 2 mm
+    assert found[1].abs().max().item() <= 0.1 + 1e-6
+
+
+def test_the_field_is_the_smoothed_one_that_was_evaluated_last():
+    start = displacements()
+    found = optimise(features(0), features(1), start, 0.1, iterations=1)
+    torch.testing.assert_close(found, apply_kernels(start, smoothing_kernels(SHAPE, 3)))
 
 
 def test_stronger_regularisation_is_smoother():

@@ -102,6 +102,24 @@ def test_a_shift_is_found_inside():
     torch.testing.assert_close(inner, torch.tensor((2.0, -1.0, 1.0)), atol=0.1, rtol=0)
 
 
+def test_displacements_are_compared_in_mm():
+    """A ramp along z + x: a step of 1 mm along z matches as well as one of 3 mm along x, and is nearer to zero."""
+    ramp = (torch.arange(9.0).view(-1, 1, 1) + torch.arange(9.0)).expand(9, 9, 9)[None].contiguous()
+    found = coupled_convex(ramp + 1, ramp, (1, 0, 1), couplings=(0.001,), cell_mm=(1.0, 1.0, 3.0))
+    torch.testing.assert_close(found[:, 4, 4, 4], torch.tensor([1.0, 0.0, 0.0]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("slice_mm", "reaches"), [(100.0, False), (1.0, True)])
+def test_smoothing_does_not_reach_the_next_of_thick_slices(slice_mm, reaches):
+    fixed, moving = smooth_features(), smooth_features(seed=1)
+    other = moving.clone()
+    other[:, 0] = smooth_features(seed=2)[:, 0]
+    found, again = (coupled_convex(fixed, side, (0, 1, 1), cell_mm=(slice_mm, 1.0, 1.0)) for side in (moving, other))
+    changed = (found - again).abs()
+    assert changed[:, 0].max() > 0.1
+    assert (changed[:, 1].max() > 0.05) == reaches
+
+
 def test_equal_costs_mean_no_displacement():
     assert coupled_convex(torch.ones(2, *SHAPE), torch.ones(2, *SHAPE), (2, 2, 2)).abs().max() == 0
 

@@ -53,6 +53,14 @@ class TestJointBasis:
         assert torch.allclose(first.values, a.values - mean[:, None, None, None], atol=1e-5)
         assert torch.allclose(second.values, b.values - mean[:, None, None, None], atol=1e-5)
 
+    def test_signs_are_those_of_the_largest_loadings_whatever_the_library_says(self, monkeypatch):
+        (a, mask), (b, _) = whole(noise(6, 4, 4, 4)), whole(noise(6, 4, 4, 4, seed=1))
+        first, _ = joint_pca(a, b, mask, mask, components=3)
+        eigh = torch.linalg.eigh
+        monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+        again, _ = joint_pca(a, b, mask, mask, components=3)
+        assert torch.equal(first.values, again.values)
+
     def test_distances_survive_a_full_basis(self):
         (a, mask), (b, _) = whole(noise(6, 4, 4, 4)), whole(noise(6, 4, 4, 4, seed=1))
         first, second = joint_pca(a, b, mask, mask, components=5)
@@ -75,6 +83,17 @@ class TestFusion:
         assert len(fixed) == 12
         assert float(cost[:2].sum() / cost.sum()) == pytest.approx(share, abs=0.05)
         assert float(cost.mean()) == pytest.approx(1.0, abs=0.1)
+
+    def test_blocks_of_volumes_that_differ_throughout_contribute_no_more(self):
+        blocks = [
+            (noise(2, 6, 6, 6, seed=1), noise(2, 6, 6, 6, seed=2) + 5),
+            (noise(3, 6, 6, 6, seed=3), noise(3, 6, 6, 6, seed=4)),
+        ]
+        mask = torch.ones(6, 6, 6, dtype=torch.bool)
+        a, b = (side.flatten(1) for side in fuse(blocks, (1.0, 1.0), mask, mask))
+        apart = (a[:, :, None] - b[:, None]).square().mean((1, 2))  # every place with every other
+        assert apart.mean().item() == pytest.approx(1, rel=1e-3)
+        assert (apart[:2].sum() / apart.sum()).item() == pytest.approx(0.5, rel=1e-3)
 
     def test_one_block_stays_as_it_is_and_weight_0_drops_one(self):
         mask, blocks = torch.ones(8, 8, 8, dtype=torch.bool), self.blocks()

@@ -114,6 +114,30 @@ def test_scans_that_do_not_meet_are_named_or_brought_together(tmp_path):
     assert view_field(moving.image, grid, start).mean() > 0.8
 
 
+def plain_scan(path, array, origin=(0, 0, 0)):
+    """A scan of 1 mm cubes along the axes of the world."""
+    return load_scan(write(path, array, spacing=(1, 1, 1), origin=origin, angle=0.0))
+
+
+def test_the_part_that_is_shared_is_one_of_the_smaller_field_of_view(tmp_path):
+    large = plain_scan(tmp_path / "large.nrrd", voxels(shape=(30, 30, 30)))
+    within = plain_scan(tmp_path / "within.nrrd", voxels(shape=(10, 10, 10)), origin=(5, 5, 5))
+    half = plain_scan(tmp_path / "half.nrrd", voxels(shape=(30, 30, 30)), origin=(15, 0, 0))
+    for pair in ((within, large), (large, within), (large, half)):
+        assert initial_transform(*pair)[1] == "the headers' positions were trusted"
+
+
+def test_centres_of_mass_are_aligned_along_their_own_axes(tmp_path):
+    """A ball, and the same 6 mm up z and 3 mm along x."""
+    scans = []
+    for name, corner in (("f.nrrd", (4, 5, 6)), ("m.nrrd", (10, 5, 9))):
+        array = np.zeros((30, 20, 24), np.float32)
+        array[tuple(slice(start, start + 6) for start in corner)] = 100
+        scans.append(plain_scan(tmp_path / name, array))
+    start, _ = initial_transform(*scans, "centre")
+    assert np.abs(np.subtract(start.TransformPoint((0.0, 0.0, 0.0)), (3, 0, 6))).max() < 0.5
+
+
 @pytest.mark.parametrize("kind", ["missing", "text", "truncated", "2D", "4D", "NaN", "constant"])
 def test_bad_scans_are_named(tmp_path, scan_file, kind):
     bad = tmp_path / "bad.nii.gz"

@@ -19,6 +19,7 @@ from nnssl_ext.registration.learning import (
     values_at,
 )
 from nnssl_ext.registration.solver import MIND_DIFFERENCE, SolverSettings
+from nnssl_ext.registration.warp import compose, warp
 
 SHAPE = (12, 16, 12)
 MM = (1.0, 1.0, 1.0)
@@ -70,6 +71,17 @@ def test_what_is_out_of_reach_has_no_weight():
     assert layer_losses(comparable(far), 1.0, LayerSettings(cell=2.0, search=2))["error"].item() == 0
 
 
+def test_what_cannot_be_trusted_in_the_fixed_map_does_not_matter():
+    valid = torch.zeros(SHAPE, dtype=torch.bool)
+    valid[2:-4, 4:-4, 4:-4] = True  # whole cells
+    pair = comparable(replace(shifted_pair(), valid=valid, distinct=valid))
+    settings = LayerSettings(cell=2.0, search=2, temperature=200.0)
+    found, _, weight, _ = layer_displacement(pair, 1.0, settings)
+    other = replace(pair, fixed=torch.where(valid, pair.fixed, torch.tensor(3.0)))
+    again, *_ = layer_displacement(other, 1.0, settings)
+    torch.testing.assert_close(again[:, weight > 0], found[:, weight > 0])
+
+
 def test_overlap_of_labels_that_the_layers_field_brings_together():
     pair = shifted_pair()
     label = torch.zeros(1, *SHAPE)
@@ -119,6 +131,28 @@ def test_registered_correspondence_and_its_way_back():
     assert (there[inner] - pair.target[inner]).abs().mean() < 0.4
     assert (back[inner] + pair.target[inner]).abs().mean() < 0.4
     assert not there.requires_grad
+
+
+def test_the_way_back_is_the_inverse_and_not_the_opposite():
+    size, generator = (24, 24, 24), torch.Generator().manual_seed(0)
+    moving = F.interpolate(torch.rand(1, 4, 8, 8, 8, generator=generator), size, mode="trilinear")[0]
+    wave = torch.sin(math.pi * torch.arange(24) / 23)
+    swell = 3 * wave.view(-1, 1, 1) * wave.view(-1, 1) * wave
+    fixed = warp(moving, torch.stack((swell, -swell, 0.5 * swell)))
+    everything = torch.ones(size, dtype=torch.bool)
+    settings = SolverSettings(coarse_mm=3.0, fine_mm=2.0, regularisation=0.3, iterations=40)
+    there, back = find_correspondence([(fixed, moving)], [1.0], (everything, everything), MM, settings)
+    inner = (slice(None), *(slice(5, -5),) * 3)
+    found, opposite = (compose(there, field)[inner].norm(dim=0).mean() for field in (back, -there))
+    assert found < 0.2 * opposite
+
+
+def test_a_tenth_of_the_images_variation_is_texture_and_a_hundredth_is_not():
+    noise = torch.randn(1, 40, 12, 12, generator=torch.Generator().manual_seed(0))
+    noise[:, 20:30] *= 0.15
+    noise[:, 30:] *= 0.01
+    found = textured(noise)
+    assert found[:28].all() and not found[33:].any()
 
 
 def test_values_at_places_and_textured_voxels():

@@ -18,6 +18,10 @@ def test_it_equals_convexadam(radius, dilation):
     package = pytest.importorskip("convexAdam.convex_adam_utils", reason="needs convexAdam (pip install convexAdam)")
     expected = package.MINDSSC(image()[None, None], radius, dilation, device="cpu")[0]
     assert (mind(image(), radius, (dilation,) * 3) - expected).abs().max() < 1e-6
+    flat = image(shape=(14, 12, 20))
+    flat[..., :10] *= 0.01  # variances of 1e-4 of the others': below the lower bound
+    expected = package.MINDSSC(flat[None, None], radius, dilation, device="cpu")[0]
+    assert (mind(flat, radius, (dilation,) * 3) - expected).abs().max() < 1e-5
 
 
 def test_a_voxel_by_hand():

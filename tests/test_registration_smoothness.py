@@ -43,6 +43,10 @@ def test_both_spreads_and_folds_by_hand():
     assert found.fold_percent == 25
 
 
+def test_a_determinant_of_zero_is_a_fold():
+    assert smoothness(stretched([0.0, 1.0, 1.0, 1.0])).fold_percent == 25
+
+
 def test_only_the_mask_counts():
     field = stretched([0.5, 2.0, -1.0, 1.0])
     mask = torch.zeros(field.shape[1:], dtype=torch.bool)
@@ -84,6 +88,18 @@ def test_folds_of_a_flow_are_removed_and_the_rest_stays(depth):
     assert without_folds(smooth) is smooth
 
 
+def test_folds_of_the_opposite_flow_are_removed_too():
+    folded = 0
+    for seed in range(6):
+        velocity = torch.zeros(3, 16, 16, 16)
+        velocity[:, 6:10, 6:10, 6:10] = 4 * torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(seed))
+        folded += int((jacobian_determinant(exponential(-velocity), 1) <= 0).any())
+        mended = without_folds(velocity)
+        for flow in (mended, -mended):
+            assert (jacobian_determinant(exponential(flow), 1) > 0).all()
+    assert folded
+
+
 @pytest.mark.parametrize(("slope", "target"), [(-0.55, 0.1), (-0.55, 0.5), (-0.9, 0.05), (-0.3, 0.4)])
 def test_regularisation_for_a_wanted_smoothness(slope, target):
     calls = []
@@ -95,3 +111,8 @@ def test_regularisation_for_a_wanted_smoothness(slope, target):
     found = match_smoothness(sdlogj_of, target)
     assert sdlogj_of(found) == pytest.approx(target, rel=0.03)
     assert len(calls) <= 5
+
+
+def test_the_nearest_regularisation_is_returned_and_not_the_last():
+    reached = iter([0.21, 0.5])
+    assert match_smoothness(lambda _: next(reached), 0.2, start=1.25, tries=2) == pytest.approx(1.25)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnssl_ext.registration.pooling import cells_to_voxels, pool, voxels_per_cell, voxels_to_cells
+from nnssl_ext.registration.pooling import cells_to_voxels, geometric_mean, pool, voxels_per_cell, voxels_to_cells
 from nnssl_ext.registration.warp import compose, exponential, invert, logarithm, warp
 
 SHAPE = (9, 11, 10)
@@ -71,14 +71,15 @@ def test_inverse_undoes_the_field_both_ways():
     assert compose(inverse, field).abs().max() < 0.05  # between voxels the inverse of a linear field is not linear
 
 
-def test_exponential_of_a_linear_velocity_is_the_matrix_exponential():
+@pytest.mark.parametrize("squarings", [(), (8,)])
+def test_exponential_of_a_linear_velocity_is_the_matrix_exponential(squarings):
     shape = (21, 21, 21)
     centred = positions(shape) - 10
     generator = torch.tensor([[0.1, 0.2, 0.0], [-0.15, 0.05, 0.1], [0.0, -0.1, -0.1]])
     velocity = torch.einsum("ij,j...->i...", generator, centred)
     expected = torch.einsum("ij,j...->i...", torch.matrix_exp(generator) - torch.eye(3), centred)
     inner = (slice(None),) + (slice(7, -7),) * 3
-    torch.testing.assert_close(exponential(velocity, 8)[inner], expected[inner], atol=0.01, rtol=0)
+    torch.testing.assert_close(exponential(velocity, *squarings)[inner], expected[inner], atol=0.01, rtol=0)
 
 
 def test_logarithm_returns_the_velocity():
@@ -90,6 +91,10 @@ def test_cells_are_near_equal_in_mm_and_never_fewer_than_two():
     assert voxels_per_cell((40, 200, 200), (5.0, 1.0, 1.0), 4.0) == (1, 4, 4)
     assert voxels_per_cell((40, 200, 200), (3.0, 0.75, 0.75), 6.0) == (2, 8, 8)
     assert voxels_per_cell((3, 10, 1), (1.0, 1.0, 1.0), 6.0) == (1, 5, 1)
+
+
+def test_the_mean_edge_is_that_of_a_cube_of_the_same_volume():
+    assert geometric_mean((8.0, 1.0, 1.0)) == pytest.approx(2)
 
 
 def test_pooling_ignores_what_the_mask_hides_and_completes_the_last_cell():

@@ -15,7 +15,7 @@ from nnssl_ext.data.loader import make_loader
 from nnssl_ext.geometry.matching import covisible
 from nnssl_ext.geometry.voxel_pairs import sample_pairs
 from nnssl_ext.records import Case, View
-from nnssl_ext.views.anchored_pairs import AnchoredPairs, body_mask, draw_anchor, joined
+from nnssl_ext.views.anchored_pairs import AnchoredPairs, _enclosed, body_mask, draw_anchor, joined
 from nnssl_ext.views.cut import cut_views
 from nnssl_ext.views.dense_recipes import LocalIntensity
 from nnssl_ext.views.policies import SpatialSettings
@@ -156,6 +156,13 @@ def test_the_body_mask_is_the_bodys_and_augmentation_does_not_change_it(tmp_path
     assert not torch.equal(view.voxels, view.clean)
     wrong = (found != inside).sum()
     assert wrong < 0.02 * inside.sum()  # a hollow is filled, but for corners seen along one axis only
+
+
+def test_between_two_plates_is_no_hollow():
+    """A table below and an arm above: what lies between them does so along one axis only."""
+    plates = torch.zeros(1, 9, 9, 9, dtype=torch.bool)
+    plates[:, 1], plates[:, 7] = True, True
+    assert not _enclosed(plates)[:, 2:7].any()
 
 
 def test_padding_is_no_body(folder):

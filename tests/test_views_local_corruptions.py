@@ -102,6 +102,12 @@ def test_a_bezier_curve_is_that_of_its_control_points():
     np.testing.assert_allclose(found[5:], expected[5:], atol=2e-3)  # it begins nearly upright
 
 
+def test_half_a_bezier_curve_is_the_mean_of_it_and_the_identity():
+    ramp = torch.linspace(-3, 5, 8 * 8 * 8).view(1, 1, 8, 8, 8)
+    whole, half = (one(ramp, bezier=extent, bezier_seed=3.0) for extent in (1.0, 0.5))
+    torch.testing.assert_close(half, (whole + ramp) / 2, atol=2e-2, rtol=0)
+
+
 @pytest.mark.parametrize("count", [1, 7, CUBOIDS])
 def test_noise_cuboids_keep_their_limits(images, count):
     result = augment(images.clone(), [{"inpaint": float(count), "inpaint_seed": float(s)} for s in range(3)])
