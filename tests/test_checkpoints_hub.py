@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from nnssl_ext.checkpoints.adapt import read_pretrained
 from nnssl_ext.checkpoints.export import FILES, export
 from nnssl_ext.checkpoints.io import load_checkpoint, save_checkpoint
 from nnssl_ext.checkpoints.source import checkpoint_file, with_local_files
+from nnssl_ext.cli import probe
 from nnssl_ext.cli.export import main as export_main
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.networks.build import build_network
+from nnssl_ext.registration.encoder import read_source
 
 PATCH = [16] * 3
 REPOSITORY = "someone/some-model"
@@ -86,6 +89,8 @@ def test_what_was_pushed_loads_bit_identically(hub, tmp_path, ours):
         assert loaded == {key: given[key] for key in loaded}
     assert checkpoint_file(name).name == "model.safetensors"
     assert read_pretrained(f"hf:{REPOSITORY}").origin == f"hf:{REPOSITORY}"
+    assert read_source(Path(f"hf:{REPOSITORY}")).pretrained.origin == f"hf:{REPOSITORY}"
+    assert probe._beside(Path(f"hf:{REPOSITORY}")) == Path() and probe._beside(tmp_path / "c.pth") == tmp_path
     assert with_local_files(f"hf:{REPOSITORY}@encoder0+mind") == f"{checkpoint_file(name)}@encoder0+mind"
     for text in ("@labels", "@labels+mind"):
         assert with_local_files(f"hf:{REPOSITORY}{text}") == f"{checkpoint_file(name)}{text}"

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from nnssl_ext.cli import benchmark, probe, register
 from nnssl_ext.cli._run import out_of_memory, run
 from nnssl_ext.errors import NnsslError
 
@@ -77,6 +78,21 @@ def test_a_real_failed_allocation_names_the_setting(capsys):
     torch = pytest.importorskip("torch")
     assert ending(lambda: torch.empty(2**60)) == 2  # more than any address space holds
     assert "--batch_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "flag"),
+    [(register.main, "--features.memory_gib"), (probe.main, "--voxels"), (benchmark.main, "--batch_size")],
+)
+def test_running_out_of_memory_names_a_flag_that_the_command_has(main, flag, monkeypatch, capsys):
+    def full() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(sys, "argv", ["command", "throughput"])
+    monkeypatch.setattr(sys.modules[main.__module__], "_main", full)
+    with pytest.raises(SystemExit):
+        main()
+    assert flag in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["CUDA out of memory. Tried to allocate 2 GiB", "MPS backend out of memory (MPS ...)"])
