@@ -183,14 +183,14 @@ def test_overrides(nnunet_env):
 
 
 def test_the_supervised_batch_is_that_of_the_patch_asked_for(nnunet_env):
-    """nnU-Net's own is for its own patch: 128 x 128 x 128 voxels in 8 GB, two at a time."""
-    write_dataset(nnunet_env, (300, 300, 300))
+    """nnU-Net's own is for its own patch, of which two fit."""
+    write_dataset(nnunet_env, (150, 150, 150))
     planner = nnsslPlannerResEncM(9)
-    planner.overrides = Overrides(patch_size=(64, 64, 64))
-    small = configuration_of(planner.make_plans(), "3d_fullres")
-    assert small["batch_size"] > 2 and small["batch_size"] == small["nnssl"]["batch_size"]
-    planner.overrides = Overrides(patch_size=(192, 192, 192))
-    assert configuration_of(planner.make_plans(), "3d_fullres")["batch_size"] == 2  # nnU-Net's least
+    assert configuration_of(planner.make_plans(), "3d_fullres")["batch_size"] == 2
+    planner.overrides = Overrides(patch_size=(32, 64, 64))
+    found = configuration_of(planner.make_plans(), "3d_fullres")
+    assert found["nnssl"]["batch_size"] == 8  # fit
+    assert found["batch_size"] == round(0.05 * 3 * 150**3 / (32 * 64 * 64)) == 4  # nnU-Net's limit for small data sets
 
 
 def test_planning_again_keeps_the_settings_of_fine_tuning(nnunet_env, capsys):
