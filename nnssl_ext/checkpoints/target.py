@@ -143,9 +143,8 @@ def _normalisation(source: Pretrained, own: Sequence[str], dataset: str) -> list
             )
         found = found[:1] * len(own)
     for channel, (scheme, usual) in enumerate(zip(found, own, strict=True)):
-        if (
-            scheme == CT and usual != CT
-        ):  # would clip and scale by pooled intensities that mean something else in every scan
+        # nnU-Net's scheme for CT clips and scales by the intensities of all scans, which mean something else in each without units
+        if scheme == CT and usual != CT:
             raise NnsslError(
                 f"{source.origin} was pretrained on CT in Hounsfield units, and channel {channel} of {dataset} is not called CT",
                 "if it is one, call it CT in dataset.json and extract the fingerprint again; else plan with the checkpoint's planner, "

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl_ext.contracts import PretrainPlan
+from nnssl_ext.engine.log import WANDB_ID
 from nnssl_ext.engine.settings import RunSettings
 from nnssl_ext.errors import NnsslError
 from nnssl_ext.files import read_json, write_json
@@ -151,7 +152,7 @@ def prepare(job: Job, resume: bool, world_size: int) -> bool:
         before["plans"] = _read_of_plans(job, job.output / "plans.json")
         _refuse_changes(before, {**settings, "plans": _read_of_plans(job)}, job.output)
     elif job.output.exists():
-        for stale in ("training_log.csv", "progress.png", "diagnosis.txt", "report.html", "wandb_id.txt"):
+        for stale in ("training_log.csv", "progress.png", "diagnosis.txt", "report.html", WANDB_ID):
             (job.output / stale).unlink(missing_ok=True)
     write_json(job.output / "settings.json", settings)
     write_json(job.output / "plans.json", job.plans)
